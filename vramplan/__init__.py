@@ -1,0 +1,3 @@
+"""vramplan: will this fine-tuning job fit this card?"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,275 @@
+"""The first witness: Job -> block program -> Timeline -> numbers, without torch.
+
+One steady training step of transformers' Trainer is walked on the tape: batch, forward, loss,
+backward and optimizer step. Identical layers are walked once: the first, one that stands for all
+inner ones, and the last.
+
+Source: transformers 5.17.0 ``trainer.py`` (``training_step``), ``loss/loss_utils.py``; accelerate
+1.15.0 ``utils/operations.py`` (``convert_outputs_to_fp32``); torch 2.11.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vramplan import ops
+from vramplan.errors import UsageError
+from vramplan.families import Family, find_family
+from vramplan.families.common import Env
+from vramplan.formats import FP32, INT64
+from vramplan.job import Job
+from vramplan.layers import Built
+from vramplan.model import Model
+from vramplan.tape import BLOCK_BYTES, Storage, Tape, Tensor, round_block
+from vramplan.timeline import Kind, Phase, Timeline
+
+CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
+CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The numbers of one job.
+
+    Attributes:
+        ready_bytes: Allocated when training is about to start.
+        peak_allocated_bytes: Largest allocated from the second step on.
+        first_step_peak_bytes: Largest allocated in the first step.
+        paged_bytes: Optimizer state in managed memory.
+        flops: Floating point operations of one optimizer step.
+        moved_bytes: Bytes read and written by one optimizer step's forward and backward.
+        num_trainable: Trainable parameters.
+        timeline: Every allocation.
+    """
+
+    ready_bytes: int
+    peak_allocated_bytes: int
+    first_step_peak_bytes: int
+    paged_bytes: int
+    flops: int
+    moved_bytes: int
+    num_trainable: int
+    timeline: Timeline
+
+
+def runs_of(num_layers: int) -> list[int]:
+    """How many identical layers each walked layer stands for: first, all inner ones, last."""
+    if num_layers <= 3:
+        return [1] * num_layers
+    return [1, num_layers - 2, 1]
+
+
+def attention_of(family: Family, job: Job) -> str:
+    """The attention implementation transformers would use.
+
+    Raises:
+        UsageError: If the family does not have the one asked for.
+    """
+    asked = job.attn_implementation
+    if asked is None:
+        return family.attentions[0]
+    if asked not in family.attentions:
+        raise UsageError(
+            f"--attn-implementation {asked}: transformers has no {asked} attention for "
+            f"{family.model_type}; it has " + ", ".join(family.attentions)
+        )
+    return asked
+
+
+def estimate(model: Model, job: Job, *, hopper: bool = True) -> Estimate:
+    """Predict the memory of one job.
+
+    Args:
+        model: The model.
+        job: The job.
+        hopper: Whether the card's cuBLAS workspaces are Hopper-sized (compute capability 9.0).
+
+    Returns:
+        Its numbers, all in bytes as torch's allocator counts them.
+
+    Raises:
+        UsageError: If the job does not go with the model.
+    """
+    return Step(model, job, hopper=hopper).run()
+
+
+class Step:
+    """Walks one steady step of a job."""
+
+    def __init__(self, model: Model, job: Job, *, hopper: bool) -> None:
+        self.model = model
+        self.job = job
+        self.family = find_family(model.family)
+        self.runs = runs_of(model.dims.num_layers)
+        self.tape = Tape(job.autocast_dtype)
+        self.tape.kind = Kind.WEIGHTS
+        self.built = Built(self.tape, model, job, self.runs)
+        self.env = Env(
+            job,
+            model.dims,
+            attention_of(self.family, job),
+            job.batch_size,
+            job.seq_len,
+            job.tokens,
+        )
+        self.workspace_bytes = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
+        self.marks: list[int] = []
+
+    def run(self) -> Estimate:
+        """Load, then one steady step."""
+        t = self.tape
+        ready = t.live_bytes
+        t.phase = Phase.PREPARE
+        optimizer_bytes, paged, self.optimizer = self._optimizer_state()
+        self.workspaces = [
+            Storage(t, self.workspace_bytes, Kind.WORKSPACE, f"cublas.{thread}")
+            for thread in ("forward", "backward")
+        ]
+        before = t.peak_bytes
+        t.peak_bytes = 0
+        for _ in range(min(self.job.gradient_accumulation_steps, 2)):
+            self._micro_step()
+        walk_peak = t.peak_bytes
+        t.peak_bytes = 0
+        self._optimizer_step()
+        step_peak = t.peak_bytes
+        steps = self.job.gradient_accumulation_steps
+        t.peak_bytes = max(before, walk_peak, step_peak)
+        return Estimate(
+            ready_bytes=ready,
+            peak_allocated_bytes=max(walk_peak, step_peak),
+            first_step_peak_bytes=max(walk_peak - optimizer_bytes, step_peak),
+            paged_bytes=paged,
+            flops=t.flops * steps // min(steps, 2),
+            moved_bytes=t.moved_bytes * steps // min(steps, 2),
+            num_trainable=self.built.num_trainable,
+            timeline=t.timeline(),
+        )
+
+    # -- parts of a step -----------------------------------------------------------------------
+
+    def _optimizer_state(self) -> tuple[int, int, list[Storage]]:
+        """Allocate the optimizer's state; returns device bytes, managed bytes and the storages."""
+        optimizer = self.job.optimizer
+        t = self.tape
+        start, paged = t.live_bytes, 0
+        held = [
+            Storage(t, round_block(nbytes), Kind.OPTIMIZER, "optimizer")
+            for nbytes in (optimizer.shared_parts() if self.built.trainable else ())
+        ]
+        for param in self.built.trainable:
+            parts, managed = optimizer.state_parts(param.numel, param.rows, param.dtype)
+            paged += managed * param.copies
+            held += [
+                Storage(t, round_block(n), Kind.OPTIMIZER, param.owner, param.copies)
+                for n in parts
+                if n
+            ]
+        return t.live_bytes - start, paged, held
+
+    def _batch(self) -> list[Tensor]:
+        """input_ids, attention_mask and labels, as the data loader moves them to the device."""
+        t = self.tape
+        t.owner = "batch"
+        return [t.new(self.job.tokens, INT64, Kind.BATCH) for _ in range(3)]
+
+    def _micro_step(self) -> None:
+        t = self.tape
+        t.phase = Phase.FORWARD
+        batch = self._batch()
+        t.kind = Kind.ACTIVATIONS
+        loss = self._forward()
+        t.phase = Phase.BACKWARD
+        with t.no_autocast():
+            self._backward(loss)
+        del loss
+        self.env.cos = self.env.sin = self.env.mask = self.env.kept = None
+        del batch
+
+    def _forward(self) -> Tensor:
+        """The model's forward and what accelerate wraps around it."""
+        t = self.tape
+        with t.autocasting():
+            loss, logits = self._causal_lm()
+        if self.job.autocast_dtype is not None:
+            with t.no_autocast():
+                t.kind = Kind.LOGITS
+                logits = ops.to(t, logits, FP32)
+        t.kind = Kind.ACTIVATIONS
+        return loss
+
+    def _causal_lm(self) -> tuple[Tensor, Tensor]:
+        """...ForCausalLM.forward."""
+        t = self.tape
+        hidden = self._decoder()
+        self.marks.append(t.position)
+        t.kind = Kind.LOGITS
+        t.phase = Phase.LOSS
+        logits = self.built.head(t, hidden)
+        t.owner = "loss"
+        return self._loss(logits), logits
+
+    def _decoder(self) -> Tensor:
+        """...Model.forward: embedding, position tables, layers, final norm."""
+        t, env, built = self.tape, self.env, self.built
+        spec = built.embedding.spec
+        t.owner = spec.name
+        position_ids = t.new(env.length, INT64, Kind.BATCH)
+        embeds = ops.embedding(t, built.embedding.weight, env.tokens, spec.width)
+        embeds = ops.dropout(t, embeds, env.dims.embedding_dropout)
+        t.owner = "positions"
+        self.family.prepare(t, embeds, env)
+        hidden = embeds
+        self.marks = [t.position]
+        for layer, repeats in zip(built.layers, self.runs, strict=True):
+            with t.repeated(repeats):
+                hidden = self._layer(layer, hidden)
+            self.marks.append(t.position)
+        env.kept = None
+        hidden = self.family.norm(t, built.final_norm, hidden, env)
+        del position_ids
+        return hidden
+
+    def _layer(self, layer: object, hidden: Tensor) -> Tensor:
+        t, env, block = self.tape, self.env, self.family.block
+
+        def run() -> Tensor:
+            return block(t, layer, hidden, env)  # type: ignore[arg-type]
+
+        return t.checkpoint(run) if self.job.gradient_checkpointing else run()
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        """ForCausalLMLoss: fp32 logits, log_softmax, nll_loss."""
+        t = self.tape
+        upcast = ops.to(t, logits, FP32)
+        labels = t.new(self.job.tokens + self.job.batch_size, INT64, Kind.BATCH)
+        shifted = t.new(self.job.tokens, INT64, Kind.BATCH)
+        del labels
+        return ops.cross_entropy(t, upcast, shifted)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Layer by layer, so that folded layers are folded here too."""
+        t = self.tape
+        t.start_backward(loss)
+        marks = self.marks
+        for index in reversed(range(len(self.runs))):
+            t.run_backward(marks[index + 1])
+            with t.repeated(self.runs[index]):
+                t.run_backward(marks[index])
+        t.run_backward()
+
+    def _optimizer_step(self) -> None:
+        """Clipping, the optimizer and zero_grad."""
+        t = self.tape
+        t.phase = Phase.STEP
+        t.owner = "optimizer"
+        trainable = self.built.trainable
+        count = sum(p.copies for p in trainable)
+        norms = Storage(t, BLOCK_BYTES * count, Kind.WORKSPACE, "clip_grad_norm")
+        del norms
+        optimizer = self.job.optimizer
+        temporaries = sum(optimizer.step_temporaries(p.numel, p.dtype) * p.copies for p in trainable)
+        if temporaries:
+            scratch = Storage(t, temporaries, Kind.WORKSPACE, "optimizer")
+            del scratch
+        t.zero_grad(trainable)

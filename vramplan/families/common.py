@@ -1,0 +1,198 @@
+"""Pieces that block programs share: norms, rotary positions, attention.
+
+Every function mirrors one of transformers' (5.17), variable by variable: what stays in a local
+variable here stays alive there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vramplan import ops
+from vramplan.config import ConfigReader
+from vramplan.formats import BOOL, FP32
+from vramplan.job import Job
+from vramplan.layers import Layer, Norm
+from vramplan.model import Architecture, Dims
+from vramplan.tape import Node, Tape, Tensor
+from vramplan.timeline import Kind
+
+
+@dataclass(slots=True)
+class Env:
+    """What a block sees besides its input: shapes and the tensors shared by all layers.
+
+    Attributes:
+        tokens: Tokens of a micro-batch, batch × length.
+        cos: Rotary table [1, length, rotary_dim]; None where the model has none.
+        mask: Attention mask tensor, None where the kernel masks by itself.
+        kept: What the model's loop keeps of a block's result until the next block returns.
+    """
+
+    job: Job
+    dims: Dims
+    attention: str
+    batch: int
+    length: int
+    tokens: int
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the sequence outgrows a sliding window, so that sdpa needs a mask."""
+        window = self.dims.sliding_window
+        return window is not None and self.length >= window
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One model family: everything the estimator knows about it.
+
+    Attributes:
+        model_type: ``model_type`` of its config.json.
+        read: Dimensions from the config's values.
+        architecture: Modules from dimensions.
+        block: The decoder layer's program.
+        norm: The program of its norms.
+        prepare: What the model computes once before its layers (position tables).
+        attentions: ``attn_implementation`` values the family supports, the default first.
+        source: File and version of the code it models.
+    """
+
+    model_type: str
+    read: Callable[[ConfigReader], Dims]
+    architecture: Callable[[Dims], Architecture]
+    block: Callable[[Tape, Layer, Tensor, Env], Tensor]
+    norm: Callable[[Tape, Norm, Tensor, Env], Tensor]
+    prepare: Callable[[Tape, Tensor, Env], None]
+    attentions: tuple[str, ...]
+    source: str
+
+
+def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
+    """LlamaRMSNorm.forward."""
+    outer, t.owner = t.owner, norm.owner
+    dtype = x.dtype
+    h = ops.to(t, x, FP32)
+    variance = ops.mean(t, ops.pow_scalar(t, h), env.tokens)
+    h = ops.mul(t, h, ops.rsqrt(t, ops.add_scalar(t, variance)))
+    out = ops.mul(t, norm.weight, ops.to(t, h, dtype))
+    t.owner = outer
+    return out
+
+
+def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
+    """torch.nn.LayerNorm.forward."""
+    outer, t.owner = t.owner, norm.owner
+    out = ops.layer_norm(t, x, norm.weight, norm.bias, env.tokens)
+    t.owner = outer
+    return out
+
+
+def rotary_tables(t: Tape, embeds: Tensor, env: Env) -> None:
+    """LlamaRotaryEmbedding.forward: cos and sin in the hidden states' dtype."""
+    width = env.dims.rotary_dim
+    half = t.new(env.length * width // 2, FP32)
+    emb = t.new(env.length * width, FP32)
+
+    cos = ops.scale(t, t.new(env.length * width, FP32))  # emb.cos() * attention_scaling
+    sin = ops.scale(t, t.new(env.length * width, FP32))
+    del half, emb
+    env.cos = ops.to(t, cos, embeds.dtype)
+    env.sin = ops.to(t, sin, embeds.dtype)
+
+
+def rotate_half(t: Tape, x: Tensor) -> Tensor:
+    """``torch.cat((-x2, x1), dim=-1)``."""
+    x1 = ops.slice_(t, x, x.numel // 2)
+    x2 = ops.slice_(t, x, x.numel - x.numel // 2)
+    return ops.cat(t, (ops.neg(t, x2), x1))
+
+
+def rotate(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``(x * cos) + (rotate_half(x) * sin)``."""
+    return ops.add(t, ops.mul(t, x, cos), ops.mul(t, rotate_half(t, x), sin))
+
+
+def repeat_kv(t: Tape, x: Tensor, groups: int) -> Tensor:
+    """Keys or values repeated for every query head; nothing for one group."""
+    if groups == 1:
+        return x
+    out = t.new(x.numel * groups, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), _repeat_kv_backward, args=(x.numel,))
+    return out
+
+
+def _repeat_kv_backward(t: Tape, node: Node, grad: Tensor) -> tuple[Tensor]:
+    return (t.new(node.args[0], grad.dtype),)
+
+
+def attend(
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env, *, contiguous: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The attention interface: eager_attention_forward or sdpa_attention_forward.
+
+    Args:
+        t: The tape.
+        q: Queries [batch, heads, length, head_dim].
+        k: Keys [batch, key heads, length, head_dim].
+        v: Values, as keys.
+        env: Shapes, mask and implementation.
+        contiguous: Whether q has the memory order [batch, length, heads, head_dim], so that the
+            output's ``transpose(1, 2).contiguous()`` copies nothing in sdpa.
+
+    Returns:
+        The output and, from eager attention, the weights, which the caller keeps alive.
+    """
+    dims = env.dims
+    if env.attention == "eager":
+        return eager_attention(t, q, k, v, env)
+    if env.mask is not None:
+        groups = dims.num_heads // dims.num_kv_heads
+        k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
+        shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
+        out = ops.efficient_attention(t, q, k, v, shape)
+    else:
+        shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
+        out = ops.flash_attention(t, q, k, v, shape)
+    return (out if contiguous else ops.copy(t, out)), None
+
+
+def eager_attention(
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env
+) -> tuple[Tensor, Tensor | None]:
+    """eager_attention_forward of the Llama-like models."""
+    dims = env.dims
+    groups = dims.num_heads // dims.num_kv_heads
+    key = repeat_kv(t, k, groups)
+    value = repeat_kv(t, v, groups)
+    size = dims.num_heads * env.tokens * env.length
+    weights = ops.scale(t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch))
+    if env.mask is not None:
+        weights = ops.add(t, weights, env.mask)
+    weights = ops.to(t, ops.softmax(t, weights, FP32), q.dtype)
+    weights = ops.dropout(t, weights, dims.attention_dropout)
+    out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
+    return ops.copy(t, out), weights
+
+
+def causal_mask(t: Tape, embeds: Tensor, env: Env) -> None:
+    """create_causal_mask: none for sdpa without a window, a tensor for eager attention."""
+    size = env.tokens * env.length
+    if env.attention == "eager":
+        allowed = t.new(size, BOOL, Kind.BATCH)
+        env.mask = t.new(size, embeds.dtype, Kind.BATCH)
+        del allowed
+    elif env.attention == "sdpa" and env.windowed:
+        env.mask = t.new(size, BOOL, Kind.BATCH)
+
+
+def rotary_prepare(t: Tape, embeds: Tensor, env: Env) -> None:
+    """What a model with rotary positions computes once before its layers."""
+    causal_mask(t, embeds, env)
+    rotary_tables(t, embeds, env)

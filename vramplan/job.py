@@ -1,0 +1,147 @@
+"""The Job: everything that decides what one training run allocates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vramplan.errors import UnknownNameError, UsageError
+from vramplan.formats import BF16, DTYPES, FP16, FP32, QUANT_FORMATS, Dtype, find_dtype
+from vramplan.optimizers import Optimizer, find_optimizer
+
+METHODS = ("full", "lora", "qlora")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+MIXED_PRECISIONS = ("bf16", "fp16", "no")
+SHARDINGS = ("none",)
+ALL_LINEAR = "all-linear"
+
+MAX_BATCH = 1_000_000
+MAX_SEQ_LEN = 100_000_000
+MAX_RANK = 1_000_000
+MAX_STEPS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One fine-tuning job on one model, in Hugging Face's words.
+
+    Attributes:
+        method: ``full``, ``lora`` or ``qlora``.
+        batch_size: Sequences per device and micro-batch (per_device_train_batch_size).
+        seq_len: Tokens per sequence; every sequence is that long.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        gradient_checkpointing: Whether decoder layers are recomputed (non-reentrant).
+        optim: transformers ``OptimizerNames`` value; None picks the method's default.
+        lora_r: Rank of the adapters.
+        lora_dropout: Dropout before the adapters.
+        target_modules: ``all-linear`` or last path components of the layers to adapt.
+        modules_to_save: Modules trained and kept whole beside the adapters.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``; None lets transformers
+            choose (sdpa where the model has it).
+        dtype: dtype of the loaded weights, as in ``from_pretrained``.
+        mixed_precision: accelerate's autocast setting.
+        quant_type: Format of quantised weights (qlora only).
+        double_quant: Whether the scales are quantised too.
+        prepare_kbit: Whether ``prepare_model_for_kbit_training`` is called.
+        num_gpus: GPUs of the run.
+        sharding: How state is spread over them.
+    """
+
+    method: str = "qlora"
+    batch_size: int = 1
+    seq_len: int = 1024
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = True
+    optim: str | None = None
+    lora_r: int = 16
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    modules_to_save: tuple[str, ...] = ()
+    attn_implementation: str | None = None
+    dtype: str = "bf16"
+    mixed_precision: str = "bf16"
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    prepare_kbit: bool = True
+    num_gpus: int = 1
+    sharding: str = "none"
+
+    def __post_init__(self) -> None:
+        _choice("--method", self.method, METHODS)
+        _choice("--mixed-precision", self.mixed_precision, MIXED_PRECISIONS)
+        _choice("--dtype", self.dtype, DTYPES)
+        _choice("--quant-type", self.quant_type, QUANT_FORMATS)
+        _choice("--sharding", self.sharding, SHARDINGS)
+        if self.attn_implementation is not None:
+            _choice("--attn-implementation", self.attn_implementation, ATTENTIONS)
+        _between("--batch-size", self.batch_size, 1, MAX_BATCH)
+        _between("--seq-len", self.seq_len, 1, MAX_SEQ_LEN)
+        _between("--lora-r", self.lora_r, 1, MAX_RANK)
+        _between(
+            "--gradient-accumulation-steps", self.gradient_accumulation_steps, 1, MAX_STEPS
+        )
+        if not 0.0 <= self.lora_dropout < 1.0:  # also refuses NaN
+            raise UsageError(f"--lora-dropout must be in [0, 1), not {self.lora_dropout}")
+        if self.num_gpus != 1:
+            raise UsageError("only one GPU is modelled so far; --num-gpus must be 1")
+        if not self.target_modules:
+            raise UsageError("--target-modules is empty; name layers, or say all-linear")
+        if self.method == "full" and self.modules_to_save:
+            raise UsageError("--modules-to-save belongs to lora and qlora; full trains everything")
+        find_optimizer(self.optimizer_name)
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer asked for, or the usual one for the method."""
+        if self.optim is not None:
+            return self.optim
+        return "paged_adamw_8bit" if self.method == "qlora" else "adamw_torch_fused"
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer's row in the table."""
+        return find_optimizer(self.optimizer_name)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def quantised(self) -> bool:
+        """Whether linear layers are stored quantised."""
+        return self.method == "qlora"
+
+    @property
+    def weight_dtype(self) -> Dtype:
+        """dtype of the loaded (unquantised) weights."""
+        return find_dtype(self.dtype)
+
+    @property
+    def autocast_dtype(self) -> Dtype | None:
+        """dtype of the autocast context, None without mixed precision."""
+        return {"bf16": BF16, "fp16": FP16}.get(self.mixed_precision)
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        """``bnb_4bit_compute_dtype``: the autocast dtype, or that of the weights without it."""
+        return self.autocast_dtype or self.weight_dtype
+
+    @property
+    def adapter_dtype(self) -> Dtype:
+        """dtype of the adapters: peft makes half-precision ones fp32 (autocast_adapter_dtype)."""
+        return FP32
+
+    def but(self, **changes: Any) -> Job:
+        """The same job with some fields changed."""
+        return replace(self, **changes)
+
+
+def _choice(option: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise UnknownNameError(f"value for {option}", str(value), list(known))
+
+
+def _between(option: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{option} must be a whole number from {low} to {high:,}, not {value!r}")

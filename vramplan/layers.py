@@ -1,0 +1,373 @@
+"""What transformers, bitsandbytes and peft put in the place of a model's modules.
+
+From module specifications and a job this builds the parameters that really sit on the device (their
+dtypes, their quantisation state, the adapters) and the forward functions of the layers that replace
+``nn.Linear``.
+
+Source: transformers 5.17 ``integrations/bitsandbytes.py``; peft 0.21 ``tuners/lora/layer.py``
+(``Linear.forward``), ``tuners/lora/bnb.py`` (``Linear4bit.forward``, ``Linear8bitLt.forward``),
+``utils/other.py`` (``prepare_model_for_kbit_training``); bitsandbytes 0.50.2 ``nn/modules.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vramplan import ops
+from vramplan.errors import UsageError
+from vramplan.formats import FP32, QUANT_FORMATS, Dtype
+from vramplan.job import ALL_LINEAR, Job
+from vramplan.model import (
+    Architecture,
+    EmbeddingSpec,
+    LinearSpec,
+    Model,
+    ModuleSpec,
+    NormSpec,
+)
+from vramplan.tape import Param, Storage, Tape, Tensor, round_block
+from vramplan.timeline import Kind
+
+
+@dataclass(slots=True)
+class Adapter:
+    """LoRA: B(A(dropout(x))) * scaling."""
+
+    a: Param
+    b: Param
+    r: int
+    dropout: float
+
+
+@dataclass(slots=True)
+class Linear:
+    """A linear layer as the libraries left it: plain, 4-bit or 8-bit, with or without adapter."""
+
+    spec: LinearSpec
+    owner: str
+    weight: Param | None  # None: quantised
+    bias: Param | None
+    quant_type: str = ""
+    compute: Dtype = FP32
+    stored: Dtype = FP32
+    dequantised: tuple[int, ...] = ()
+    adapter: Adapter | None = None
+
+    def __call__(self, t: Tape, x: Tensor) -> Tensor:
+        outer, t.owner = t.owner, self.owner
+        if self.adapter is None:
+            out = self._base(t, x)
+        elif self.quant_type:
+            out = self._lora_quantised(t, x, self.adapter)
+        else:
+            out = self._lora(t, x, self.adapter)
+        t.owner = outer
+        return out
+
+    def _base(self, t: Tape, x: Tensor) -> Tensor:
+        rows, columns = self.spec.out_features, self.spec.in_features
+        if not self.quant_type:
+            assert self.weight is not None
+            return ops.linear(t, x, self.weight, self.bias, rows, columns)
+        if self.quant_type == "int8":
+            return ops.matmul_8bit(t, x, rows, columns)
+        dtype = x.dtype
+        x = ops.to(t, x, self.compute)
+        return ops.to(
+            t, ops.matmul_4bit(t, x, rows, columns, self.dequantised, self.stored), dtype
+        )
+
+    def _lora(self, t: Tape, x: Tensor, adapter: Adapter) -> Tensor:
+        result = self._base(t, x)
+        dtype = result.dtype
+        x = ops.to(t, x, adapter.a.dtype)
+        result = ops.add(t, result, self._delta(t, x, adapter))
+        return ops.to(t, result, dtype)
+
+    def _lora_quantised(self, t: Tape, x: Tensor, adapter: Adapter) -> Tensor:
+        result = self._base(t, x)
+        if self.quant_type != "int8":
+            result = ops.copy(t, result)  # peft clones a 4-bit layer's output
+        convert = t.autocast is None
+        dtype = result.dtype
+        if convert:
+            x = ops.to(t, x, adapter.a.dtype)
+        output = self._delta(t, x, adapter)
+        if convert:
+            output = ops.to(t, output, dtype)
+        return ops.add(t, result, output)
+
+    def _delta(self, t: Tape, x: Tensor, adapter: Adapter) -> Tensor:
+        rows, columns = self.spec.out_features, self.spec.in_features
+        return ops.scale(
+            t,
+            ops.linear(
+                t,
+                ops.linear(
+                    t, ops.dropout(t, x, adapter.dropout), adapter.a, None, adapter.r, columns
+                ),
+                adapter.b,
+                None,
+                rows,
+                adapter.r,
+            ),
+        )
+
+
+@dataclass(slots=True)
+class Norm:
+    """A norm layer's parameters."""
+
+    spec: NormSpec
+    owner: str
+    weight: Param
+    bias: Param | None
+
+
+@dataclass(slots=True)
+class Embedding:
+    """An embedding table."""
+
+    spec: EmbeddingSpec
+    owner: str
+    weight: Param
+
+
+@dataclass(slots=True)
+class Layer:
+    """The modules of one decoder layer by name, standing for ``copies`` identical ones."""
+
+    linears: dict[str, Linear] = field(default_factory=dict)
+    norms: dict[str, Norm] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ParamFacts:
+    """One parameter for the optimizer: elements, first dimension, dtype, how many equal ones."""
+
+    numel: int
+    rows: int
+    dtype: Dtype
+    copies: int
+
+
+class Built:
+    """A model on the tape: layers to run and everything that occupies memory before training.
+
+    Args:
+        t: The tape; weights are written to it as allocations.
+        model: The model.
+        job: The job, which decides dtypes, quantisation and adapters.
+        runs: How many identical layers each walked layer stands for, in order.
+    """
+
+    def __init__(self, t: Tape, model: Model, job: Job, runs: list[int]) -> None:
+        self.t = t
+        self.job = job
+        self.model = model
+        arch = model.architecture
+        self.targets = resolve_targets(arch, job)
+        self.params: list[Param] = []
+        self.trainable: list[Param] = []
+        self.storages: list[Storage] = []
+        self.num_trainable = 0
+        self.embedding = self._embedding(arch.embedding)
+        self.layers = [self._layer(arch, runs, i) for i in range(len(runs))]
+        self.final_norm = self._norm(arch.final_norm, "", 1)
+        self.head = self._head(arch.head)
+        for nbytes in arch.model_buffers:
+            self._hold(nbytes, Kind.WEIGHTS, "buffers")
+
+    # -- building blocks ----------------------------------------------------------------------
+
+    def _hold(self, nbytes: int, kind: Kind, owner: str, copies: int = 1) -> Storage:
+        storage = Storage(self.t, round_block(nbytes), kind, owner, copies)
+        self.storages.append(storage)
+        return storage
+
+    def _param(
+        self,
+        numel: int,
+        rows: int,
+        dtype: Dtype,
+        owner: str,
+        copies: int,
+        *,
+        kind: Kind = Kind.WEIGHTS,
+        trainable: bool | None = None,
+    ) -> Param:
+        if trainable is None:
+            trainable = self.job.method == "full"
+        storage = Storage(self.t, round_block(numel * dtype.size), kind, owner, copies)
+        param = Param(storage, numel, dtype, trainable, owner, copies)
+        param.rows = rows
+        self.params.append(param)
+        if trainable:
+            self.trainable.append(param)
+            self.num_trainable += numel * copies
+        return param
+
+    @property
+    def plain_dtype(self) -> Dtype:
+        """dtype of unquantised base parameters once the model is prepared."""
+        if self.job.quantised and self.job.prepare_kbit:
+            return FP32
+        return self.job.weight_dtype
+
+    def _saved_copy(self, name: str) -> bool:
+        return name.rsplit(".", 1)[-1] in self.job.modules_to_save
+
+    def _embedding(self, spec: EmbeddingSpec) -> Embedding:
+        numel = spec.num_parameters
+        weight = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
+        if self._saved_copy(spec.name):
+            weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1)
+        return Embedding(spec, spec.name, weight)
+
+    def _norm(self, spec: NormSpec, prefix: str, copies: int) -> Norm:
+        owner = prefix + spec.name
+        saved = self._saved_copy(spec.name)
+        names = ("weight", "bias") if spec.bias else ("weight",)
+        made = [self._param(spec.size, 1, self.plain_dtype, owner, copies) for _ in names]
+        if saved:
+            made = [self._adapter_param(spec.size, 1, owner, copies) for _ in names]
+        return Norm(spec, owner, made[0], made[1] if spec.bias else None)
+
+    def _adapter_param(self, numel: int, rows: int, owner: str, copies: int) -> Param:
+        return self._param(
+            numel,
+            rows,
+            self.job.adapter_dtype,
+            owner,
+            copies,
+            kind=Kind.ADAPTERS,
+            trainable=True,
+        )
+
+    def _linear(self, spec: LinearSpec, prefix: str, copies: int) -> Linear:
+        job = self.job
+        owner = prefix + spec.name
+        last = spec.name.rsplit(".", 1)[-1]
+        rows, columns = spec.out_features, spec.in_features
+        if job.quantised:
+            layer = self._quantised(spec, owner, copies)
+        else:
+            weight = self._param(rows * columns, rows, self.plain_dtype, owner, copies)
+            bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
+            layer = Linear(spec, owner, weight, bias)
+        if last in self.targets:
+            layer.adapter = Adapter(
+                self._adapter_param(job.lora_r * columns, job.lora_r, owner, copies),
+                self._adapter_param(rows * job.lora_r, rows, owner, copies),
+                job.lora_r,
+                job.lora_dropout,
+            )
+        return layer
+
+    def _quantised(self, spec: LinearSpec, owner: str, copies: int) -> Linear:
+        job = self.job
+        rows, columns = spec.out_features, spec.in_features
+        fmt = QUANT_FORMATS[job.quant_type]
+        for _name, nbytes in fmt.parts(rows, columns, job.double_quant):
+            self._hold(nbytes, Kind.WEIGHTS, owner, copies)
+        bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
+        layer = Linear(
+            spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype
+        )
+        if fmt.block:
+            layer.dequantised = dequantised_bytes(job, rows, columns)
+        return layer
+
+    def _layer(self, arch: Architecture, runs: list[int], index: int) -> Layer:
+        copies = runs[index]
+        if copies > 1:
+            position = "*"
+        else:
+            position = str(sum(runs[:index]))
+        prefix = f"{arch.layer_prefix}.{position}."
+        layer = Layer()
+        for spec in arch.block:
+            self._add(layer, spec, prefix, copies)
+        for nbytes in arch.layer_buffers:
+            self._hold(nbytes, Kind.WEIGHTS, prefix + "buffers", copies)
+        return layer
+
+    def _add(self, layer: Layer, spec: ModuleSpec, prefix: str, copies: int) -> None:
+        if isinstance(spec, LinearSpec):
+            layer.linears[spec.name] = self._linear(spec, prefix, copies)
+        else:
+            assert isinstance(spec, NormSpec)
+            layer.norms[spec.name] = self._norm(spec, prefix, copies)
+
+    def _head(self, spec: LinearSpec) -> Linear:
+        """The output head: never quantised, never in all-linear, maybe tied."""
+        rows, columns = spec.out_features, spec.in_features
+        saved = self._saved_copy(spec.name)
+        if self.model.dims.tied and not saved:
+            weight = self.embedding.weight
+        else:
+            weight = (
+                self.embedding.weight
+                if self.model.dims.tied
+                else self._param(rows * columns, rows, self.plain_dtype, spec.name, 1)
+            )
+            if saved:
+                weight = self._adapter_param(rows * columns, rows, spec.name, 1)
+        bias = None
+        if spec.bias:
+            bias = self._param(rows, 1, self.plain_dtype, spec.name, 1)
+            if saved:
+                bias = self._adapter_param(rows, 1, spec.name, 1)
+        head = Linear(spec, spec.name, weight, bias)
+        if spec.name.rsplit(".", 1)[-1] in self.targets:
+            head.adapter = Adapter(
+                self._adapter_param(self.job.lora_r * columns, self.job.lora_r, spec.name, 1),
+                self._adapter_param(rows * self.job.lora_r, rows, spec.name, 1),
+                self.job.lora_r,
+                self.job.lora_dropout,
+            )
+        return head
+
+
+def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
+    """The last path components of the layers that get an adapter.
+
+    Raises:
+        UsageError: If a target or a module to save is not in the model.
+    """
+    if job.method == "full":
+        return frozenset()
+    linear = set(arch.linear_names())
+    head = arch.head.name.rsplit(".", 1)[-1]
+    known = linear | {head}
+    savable = known | {arch.embedding.name.rsplit(".", 1)[-1]}
+    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.block, arch.final_norm)}
+    savable -= linear  # a layer that is quantised or adapted cannot be saved whole
+    for name in job.modules_to_save:
+        if name not in savable:
+            raise UsageError(
+                f"--modules-to-save {name!r} is not in this model; it has "
+                + ", ".join(sorted(savable))
+            )
+    if job.target_modules == ALL_LINEAR:
+        return frozenset(linear)
+    assert not isinstance(job.target_modules, str)
+    for name in job.target_modules:
+        if name not in known:
+            raise UsageError(
+                f"--target-modules {name!r} is not a linear layer of this model; it has "
+                + ", ".join(sorted(known))
+            )
+    return frozenset(job.target_modules)
+
+
+FUSED_MAX_TOKENS = 8
+
+
+def dequantised_bytes(job: Job, rows: int, columns: int) -> tuple[int, ...]:
+    """What a 4-bit layer's forward dequantises into: absmax twice if nested, and the weight."""
+    if job.tokens <= FUSED_MAX_TOKENS:
+        return ()
+    blocks = -(-rows * columns // 64) * 4
+    nested = (blocks, blocks) if job.double_quant else ()
+    return (*nested, rows * columns * job.compute_dtype.size)

@@ -1,0 +1,157 @@
+"""What a model is made of: dimensions read from config.json, and its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vramplan.formats import BF16, Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """The dimensions that decide memory, under transformers' names; sizes in elements.
+
+    Attributes:
+        head_dim: Width of one attention head.
+        rotary_dim: Rotated part of a head; 0 where positions are not rotary.
+        tied: Whether input embedding and output head are one parameter.
+        sliding_window: Attention span in tokens, None for full attention.
+        num_sliding_layers: Layers that use the window.
+        dtype: dtype of the checkpoint (``torch_dtype`` of the config).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    hidden_act: str
+    tied: bool
+    rotary_dim: int = 0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    sliding_window: int | None = None
+    num_sliding_layers: int = 0
+    parallel_residual: bool = False
+    dtype: Dtype = BF16
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """An ``nn.Linear``: weight [out_features, in_features] and maybe a bias."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of weight and bias."""
+        return self.in_features * self.out_features + (self.out_features if self.bias else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """A norm layer: one weight of ``size`` elements, and a bias if it is a LayerNorm."""
+
+    name: str
+    size: int
+    bias: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of weight and bias."""
+        return self.size * (2 if self.bias else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSpec:
+    """An ``nn.Embedding``: a table [num_embeddings, width]."""
+
+    name: str
+    num_embeddings: int
+    width: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of the table."""
+        return self.num_embeddings * self.width
+
+
+ModuleSpec = LinearSpec | NormSpec | EmbeddingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Every module of a causal language model and where it sits.
+
+    Attributes:
+        embedding: Input table.
+        block: Modules of one decoder layer, names relative to it, in order of registration.
+        final_norm: Norm before the head.
+        head: Output head; shares the embedding's table when tied.
+        layer_prefix: Path of the layers, e.g. ``model.layers``.
+        layer_buffers: Bytes of each buffer of one layer.
+        model_buffers: Bytes of each buffer outside the layers.
+    """
+
+    embedding: EmbeddingSpec
+    block: tuple[ModuleSpec, ...]
+    final_norm: NormSpec
+    head: LinearSpec
+    layer_prefix: str
+    layer_buffers: tuple[int, ...] = ()
+    model_buffers: tuple[int, ...] = ()
+
+    def num_parameters(self, dims: Dims) -> int:
+        """Parameters of the model; a tied head is counted once."""
+        head = self.head.num_parameters
+        if dims.tied:
+            head -= self.head.in_features * self.head.out_features
+        layer = sum(module.num_parameters for module in self.block)
+        return (
+            self.embedding.num_parameters
+            + dims.num_layers * layer
+            + self.final_norm.num_parameters
+            + head
+        )
+
+    def linear_names(self) -> tuple[str, ...]:
+        """Last path component of every linear layer inside a block."""
+        return tuple(m.name.rsplit(".", 1)[-1] for m in self.block if isinstance(m, LinearSpec))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model to plan for.
+
+    Attributes:
+        name: Slug, path or hub id it was asked for by.
+        family: ``model_type`` of its config.
+        dims: Its dimensions.
+        architecture: Its modules.
+        num_parameters: Parameters, tied ones once.
+        repository: Hub repository, if known.
+        revision: Commit of the repository, if known.
+        config: The config.json facts it was read from.
+        warnings: What a user should know about how the config was read.
+    """
+
+    name: str
+    family: str
+    dims: Dims
+    architecture: Architecture
+    num_parameters: int
+    repository: str | None = None
+    revision: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    warnings: Sequence[str] = ()

@@ -1,0 +1,123 @@
+"""Optimizers: what each keeps per parameter and what its step allocates. One row is one optimizer.
+
+Source: torch 2.11 ``optim/adamw.py``, ``optim/_multi_tensor`` paths, ``optim/sgd.py``;
+transformers 5.17 ``training_args.py`` (``OptimizerNames``), ``trainer_optimizer.py``,
+``optimization.py`` (``Adafactor``); bitsandbytes 0.50.2 ``optim/optimizer.py``
+(``get_state_buffer``: paged from 100,000 elements; ``min_8bit_size`` 4096; blocks of 256).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vramplan.errors import UnknownNameError
+from vramplan.formats import FP32, Dtype
+from vramplan.tape import round_block
+
+PAGED_MIN_NUMEL = 100_000
+MIN_8BIT_NUMEL = 4096
+BLOCKWISE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """One value of transformers' ``OptimizerNames``.
+
+    Attributes:
+        name: The value.
+        num_states: Full-size state tensors per parameter.
+        state_bits: Bits per element of each; 0 means "in the parameter's own dtype".
+        library: "torch", "bitsandbytes" or "transformers".
+        paged: Whether large states live in CUDA managed memory.
+        step_on_device: Whether a one-element step counter per parameter sits on the device.
+        foreach_temporaries: Full-size temporaries (parameter dtype) of a multi-tensor step.
+        factored: Adafactor: row and column statistics instead of full-size state.
+    """
+
+    name: str
+    num_states: int
+    state_bits: int = 0
+    library: str = "torch"
+    paged: bool = False
+    step_on_device: bool = False
+    foreach_temporaries: int = 0
+    factored: bool = False
+
+    def state_parts(self, numel: int, rows: int, dtype: Dtype) -> tuple[list[int], int]:
+        """State of one parameter.
+
+        Args:
+            numel: Elements of the parameter.
+            rows: Size of its first dimension (1 for a vector).
+            dtype: dtype of the parameter.
+
+        Returns:
+            Bytes of each allocation on the device (unrounded), and bytes in managed memory.
+        """
+        if self.factored:
+            if rows > 1:
+                return [rows * 4, numel // rows * 4], 0
+            return [numel * 4], 0
+        if self.library != "bitsandbytes":
+            size = dtype.size if self.state_bits == 0 else self.state_bits // 8
+            return [numel * size] * self.num_states + [4] * self.step_on_device, 0
+        eight_bit = self.state_bits == 8 and numel >= MIN_8BIT_NUMEL
+        state = numel * (1 if eight_bit else 4)
+        scales = [-(-numel // BLOCKWISE) * 4] * self.num_states if eight_bit else []
+        if self.paged and numel >= PAGED_MIN_NUMEL:
+            return scales, state * self.num_states
+        return [state] * self.num_states + scales, 0
+
+    def shared_parts(self) -> tuple[int, ...]:
+        """Bytes of device tensors shared by all parameters (8-bit quantisation maps)."""
+        if self.library == "bitsandbytes" and self.state_bits == 8:
+            return (256 * 4,) * 2
+        return ()
+
+    def step_temporaries(self, numel: int, dtype: Dtype) -> int:
+        """Bytes of temporaries that a multi-tensor step holds for one parameter."""
+        return self.foreach_temporaries * round_block(numel * dtype.size)
+
+
+def _bnb(name: str, states: int, bits: int, *, paged: bool = False) -> Optimizer:
+    return Optimizer(name, states, bits, "bitsandbytes", paged)
+
+
+OPTIMIZERS = {
+    row.name: row
+    for row in (
+        Optimizer("adamw_torch", 2, foreach_temporaries=1),
+        Optimizer("adamw_torch_fused", 2, step_on_device=True),
+        Optimizer("sgd", 0),
+        Optimizer("adagrad", 1, foreach_temporaries=1),
+        Optimizer("rmsprop", 1, foreach_temporaries=1),
+        Optimizer("adafactor", 0, library="transformers", factored=True),
+        _bnb("adamw_8bit", 2, 8),
+        _bnb("adamw_bnb_8bit", 2, 8),
+        _bnb("paged_adamw_8bit", 2, 8, paged=True),
+        _bnb("paged_adamw_32bit", 2, 32, paged=True),
+        _bnb("lion_32bit", 1, 32),
+        _bnb("lion_8bit", 1, 8),
+        _bnb("paged_lion_8bit", 1, 8, paged=True),
+        _bnb("paged_lion_32bit", 1, 32, paged=True),
+        _bnb("rmsprop_bnb", 1, 32),
+        _bnb("rmsprop_bnb_8bit", 1, 8),
+        _bnb("ademamix", 2, 32),
+        _bnb("ademamix_8bit", 2, 8),
+    )
+}
+
+
+def find_optimizer(name: str) -> Optimizer:
+    """The optimizer of that ``OptimizerNames`` value.
+
+    Raises:
+        UnknownNameError: If it is not modelled.
+    """
+    try:
+        return OPTIMIZERS[name]
+    except KeyError:
+        raise UnknownNameError("optimizer", name, OPTIMIZERS) from None
+
+
+__all__ = ["FP32", "OPTIMIZERS", "Optimizer", "find_optimizer"]

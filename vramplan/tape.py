@@ -1,0 +1,475 @@
+"""A sizes-only tensor runtime: PyTorch's memory behaviour without PyTorch.
+
+A block program (``vramplan/families``) runs on these tensors as the modelling code runs on real
+ones. A tensor here is a number of elements and a dtype over a storage; when the last reference to a
+storage goes, its release is written to the timeline, exactly as reference counting frees CUDA
+memory. Operations (``vramplan/ops.py``) build an autograd graph of nodes that hold what PyTorch's
+nodes hold; ``Tape.backward`` executes it in the order and with the buffer rules of PyTorch's engine.
+Non-reentrant checkpointing is modelled by its own mechanism: saved tensors become holders, filled by
+running the block again when the first of them is needed.
+
+Source: torch 2.11 ``csrc/autograd/engine.cpp`` (order, ``InputBuffer::accumulate``),
+``csrc/autograd/functions/accumulate_grad.h`` (stealing a gradient), ``aten/src/ATen/
+autocast_mode.cpp`` (what is cast and cached), ``torch/utils/checkpoint.py`` (holders, early stop),
+``c10/core/AllocatorConfig.h`` (512-byte blocks).
+
+Known limitations:
+    Blocks have their rounded size; the slack of an unsplit cached block (below 1 MiB each) is the
+    allocator's business, not the tape's.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vramplan.formats import Dtype
+from vramplan.timeline import Event, Kind, Phase, Section, Timeline
+
+BLOCK_BYTES = 512  # c10::CachingAllocator::kMinBlockSize
+_getrefcount = sys.getrefcount
+
+
+def round_block(nbytes: int) -> int:
+    """Round a request up as the caching allocator does: to 512 bytes, at least one block."""
+    return (nbytes + 511) & -512 if nbytes > 0 else 0
+
+
+class Storage:
+    """One block of device memory, released when the last tensor on it goes."""
+
+    __slots__ = ("block", "copies", "kind", "nbytes", "owner", "tape")
+
+    def __init__(self, tape: Tape, nbytes: int, kind: Kind, owner: str, copies: int = 1) -> None:
+        self.tape = tape
+        self.nbytes = nbytes
+        self.kind = kind
+        self.owner = owner
+        self.copies = copies
+        self.block = tape.allocate(nbytes, kind, owner, copies)
+
+    def __del__(self) -> None:
+        self.tape.release(self)
+
+
+class Tensor:
+    """Number of elements and dtype over a storage; ``node`` is its grad_fn, None if none."""
+
+    __slots__ = ("dtype", "node", "numel", "storage")
+
+    def __init__(
+        self, storage: Storage | None, numel: int, dtype: Dtype, node: Node | Param | None = None
+    ) -> None:
+        self.storage = storage
+        self.numel = numel
+        self.dtype = dtype
+        self.node = node
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether backward has to go through this tensor."""
+        return self.node is not None
+
+
+class Param(Tensor):
+    """A leaf: a parameter. ``copies`` identical ones exist (one per folded layer)."""
+
+    __slots__ = ("copies", "grad", "owner", "rows")
+
+    def __init__(
+        self, storage: Storage, numel: int, dtype: Dtype, trainable: bool, owner: str, copies: int
+    ) -> None:
+        super().__init__(storage, numel, dtype)
+        self.node = self if trainable else None
+        self.grad: Tensor | None = None
+        self.owner = owner
+        self.copies = copies
+        self.rows = 1
+
+
+class Holder:
+    """Stands for a tensor that checkpointing did not keep; filled by recomputation."""
+
+    __slots__ = ("frame", "value")
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.value: Tensor | None = None
+
+
+class Frame:
+    """One checkpointed call: how to run it again and the holders it left in the graph."""
+
+    __slots__ = ("cursor", "holders", "num_saved", "recompute")
+
+    def __init__(self, recompute: Callable[[], object]) -> None:
+        self.recompute: Callable[[], object] | None = recompute
+        self.holders: list[Holder] = []
+        self.num_saved = 0
+        self.cursor = 0
+
+
+class StopRecomputation(Exception):  # noqa: N818 - control flow, as in torch
+    """Everything the backward needs has been recomputed."""
+
+
+Saved = Tensor | Holder
+Edge = "Node | Param | None"
+BackwardFn = Callable[["Tape", "Node", Tensor], Sequence[Tensor | None]]
+
+
+class Node:
+    """One autograd node with a single output gradient.
+
+    ``edges`` lead to the producers of its inputs; ``backward(tape, node, grad)`` returns one
+    gradient per edge (None where there is no edge). ``saved`` is what it keeps alive.
+    """
+
+    __slots__ = ("args", "backward", "edges", "grad", "kind", "owner", "saved", "seq", "waiting")
+
+    def __init__(
+        self,
+        seq: int,
+        edges: tuple[Node | Param | None, ...],
+        backward: BackwardFn,
+        saved: tuple[Saved, ...],
+        owner: str,
+        kind: Kind,
+        args: tuple[Any, ...] = (),
+    ) -> None:
+        self.seq = seq
+        self.edges = edges
+        self.backward = backward
+        self.saved: tuple[Saved, ...] = saved
+        self.owner = owner
+        self.kind = kind
+        self.args = args
+        self.grad: Tensor | None = None
+        self.waiting = 0
+
+
+class Tape:
+    """Runs one training step and writes its Timeline.
+
+    Args:
+        autocast: Low-precision dtype of the autocast context, None when there is none.
+    """
+
+    def __init__(self, autocast: Dtype | None = None) -> None:
+        self.autocast = autocast
+        self.low_precision = autocast
+        self.phase = Phase.LOAD
+        self.owner = ""
+        self.kind = Kind.ACTIVATIONS
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.flops = 0
+        self.moved_bytes = 0
+        self._events: list[Event] = []
+        self._sections: list[Section] = []
+        self._next_block = 0
+        self._seq = 0
+        self._frame: Frame | None = None
+        self._refilling: Frame | None = None
+        self._cast_cache: dict[int, tuple[Param, Tensor]] = {}
+        self._in_autocast = False
+        self._ready: list[tuple[int, int, Node]] = []
+
+    @property
+    def position(self) -> int:
+        """Sequence number of the latest graph node; a mark for ``run_backward``."""
+        return self._seq
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int, kind: Kind, owner: str, copies: int = 1) -> int:
+        """Write an allocation of ``nbytes`` (already rounded); returns the block's number."""
+        self._next_block = block = self._next_block + 1
+        self.live_bytes = live = self.live_bytes + nbytes * copies
+        if live > self.peak_bytes:
+            self.peak_bytes = live
+        self._events.append(Event(block, nbytes, kind, owner, self.phase, copies))
+        return block
+
+    def release(self, storage: Storage) -> None:
+        """Write the release of a storage."""
+        self.live_bytes -= storage.nbytes * storage.copies
+        self._events.append(
+            Event(
+                storage.block,
+                -storage.nbytes,
+                storage.kind,
+                storage.owner,
+                self.phase,
+                storage.copies,
+            )
+        )
+
+    def new(self, numel: int, dtype: Dtype, kind: Kind | None = None) -> Tensor:
+        """A fresh tensor of ``numel`` elements (the output of an operation)."""
+        nbytes = numel * dtype.size
+        self.moved_bytes += nbytes
+        storage = Storage(self, (nbytes + 511) & -512, kind or self.kind, self.owner)
+        return Tensor(storage, numel, dtype)
+
+    def scratch(self, nbytes: int, kind: Kind = Kind.WORKSPACE) -> Storage:
+        """Bytes a kernel takes and gives back itself; released when the caller drops it."""
+        return Storage(self, round_block(nbytes), kind, self.owner)
+
+    @contextmanager
+    def repeated(self, repeats: int) -> Iterator[None]:
+        """What happens inside happens ``repeats`` times in the run (identical layers)."""
+        self._close_section(1)
+        start, before = self.live_bytes, self.peak_bytes
+        work = self.flops, self.moved_bytes
+        self.peak_bytes = start
+        yield
+        more = repeats - 1
+        change = self.live_bytes - start
+        self.peak_bytes = max(before, self.peak_bytes + max(0, change) * more)
+        self.live_bytes += change * more
+        self.flops += (self.flops - work[0]) * more
+        self.moved_bytes += (self.moved_bytes - work[1]) * more
+        self._close_section(repeats)
+
+    def _close_section(self, repeats: int) -> None:
+        if self._events:
+            self._sections.append(Section(tuple(self._events), repeats))
+            self._events = []
+
+    def timeline(self) -> Timeline:
+        """Everything written so far."""
+        self._close_section(1)
+        return Timeline(tuple(self._sections))
+
+    # -- autograd: forward ------------------------------------------------------------------------
+
+    def node(
+        self,
+        edges: tuple[Node | Param | None, ...],
+        backward: BackwardFn,
+        saved: tuple[Tensor, ...] = (),
+        args: tuple[Any, ...] = (),
+    ) -> Node:
+        """A new graph node that keeps ``saved`` alive (or leaves holders under checkpointing)."""
+        self._seq = seq = self._seq + 1
+        kept = self.save(saved) if saved else ()
+        return Node(seq, edges, backward, kept, self.owner, self.kind, args)
+
+    def save(self, tensors: tuple[Tensor, ...]) -> tuple[Saved, ...]:
+        """Apply the active saved-tensor hook to what a node keeps.
+
+        Raises:
+            StopRecomputation: While recomputing, once the last needed tensor has been seen.
+        """
+        frame = self._refilling
+        if frame is not None:
+            for tensor in tensors:
+                frame.holders[frame.cursor].value = tensor
+                frame.cursor += 1
+            if frame.cursor == frame.num_saved:
+                raise StopRecomputation
+            return tensors
+        frame = self._frame
+        if frame is not None:
+            held = tuple(Holder(frame) for _ in tensors)
+            frame.holders.extend(held)
+            frame.num_saved += len(held)
+            return held
+        return tensors
+
+    def checkpoint(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run a block without keeping what its backward needs.
+
+        Source: torch.utils.checkpoint, use_reentrant=False.
+        """
+        assert self._frame is None, "checkpointed blocks do not nest"
+        frame = Frame(run)
+        self._frame = frame
+        try:
+            return run()
+        finally:
+            self._frame = None
+
+    def unpack(self, saved: Saved) -> Tensor:
+        """The saved tensor, recomputing its block if it was checkpointed away."""
+        if isinstance(saved, Tensor):
+            return saved
+        if saved.value is None:
+            self._recompute(saved.frame)
+        value = saved.value
+        assert value is not None, "a saved tensor was not recomputed"
+        return value
+
+    def _recompute(self, frame: Frame) -> None:
+        assert frame.recompute is not None
+        outer = self.owner, self.kind, self._in_autocast
+        self.kind = Kind.ACTIVATIONS
+        self._refilling = frame
+        try:
+            with self.autocasting():
+                frame.recompute()
+        except StopRecomputation:
+            pass
+        finally:
+            self._refilling = None
+            self.owner, self.kind, self._in_autocast = outer
+        frame.recompute = None
+        frame.holders = []
+
+    @contextmanager
+    def autocasting(self) -> Iterator[None]:
+        """An autocast context; its weight-cast cache is dropped at the end."""
+        outer, self._in_autocast = self._in_autocast, self.low_precision is not None
+        self.autocast = self.low_precision
+        try:
+            yield
+        finally:
+            self._in_autocast = outer
+            if not outer:
+                self._drop_casts()
+
+    @contextmanager
+    def no_autocast(self) -> Iterator[None]:
+        """Outside any autocast context (backward, the optimizer, converting outputs)."""
+        outer, self.autocast = self.autocast, None
+        try:
+            yield
+        finally:
+            self.autocast = outer
+
+    def cached_cast(self, param: Param) -> Tensor | None:
+        """The low-precision copy that autocast made of this weight earlier in the context."""
+        entry = self._cast_cache.get(id(param))
+        return entry[1] if entry else None
+
+    def cache_cast(self, param: Param, cast: Tensor) -> None:
+        """Keep a weight's low-precision copy until the autocast context ends."""
+        if self._in_autocast:
+            self._cast_cache[id(param)] = (param, cast)
+
+    def _drop_casts(self) -> None:
+        cache, self._cast_cache = self._cast_cache, {}
+        for param, cast in cache.values():
+            storage = cast.storage
+            assert storage is not None
+            # 3 = local, getrefcount's argument, the cast itself: nobody else keeps the copy, so
+            # the copies of the folded layers go now too
+            if _getrefcount(cast) <= 4 and _getrefcount(storage) <= 3:
+                storage.copies = param.copies
+
+    # -- autograd: backward -----------------------------------------------------------------------
+
+    def start_backward(self, root: Tensor) -> None:
+        """Prepare the graph behind ``root`` (the loss) for ``run_backward``."""
+        node = root.node
+        assert isinstance(node, Node)
+        node.grad = self.new(root.numel, root.dtype, Kind.ACTIVATION_GRADIENTS)
+        _count_uses(node)
+        self._ready = [(-node.seq, id(node), node)]
+
+    def run_backward(self, until_seq: int = 0) -> None:
+        """Execute ready nodes, latest first, while their number is above ``until_seq``.
+
+        Args:
+            until_seq: A ``position``; what was recorded before it stays for a later call.
+        """
+        ready = self._ready
+        while ready and -ready[0][0] > until_seq:
+            node = heapq.heappop(ready)[2]
+            self._execute(node, ready)
+
+    def _execute(self, node: Node, ready: list[tuple[int, int, Node]]) -> None:
+        grad = node.grad
+        node.grad = None
+        self.owner = node.owner
+        self.kind = Kind.LOGITS if node.kind is Kind.LOGITS else Kind.ACTIVATION_GRADIENTS
+        assert grad is not None
+        grads = node.backward(self, node, grad)
+        del grad
+        node.saved = ()
+        edges = node.edges
+        node.edges = ()
+        passed = list(grads)
+        del grads, node
+        for index, edge in enumerate(edges):
+            if edge is None:
+                continue
+            value = passed[index]
+            passed[index] = None
+            if type(edge) is Node:
+                if value is not None:
+                    if edge.grad is None:
+                        edge.grad = value
+                    else:
+                        self._accumulate(edge, value)
+                edge.waiting -= 1
+                if edge.waiting == 0:
+                    if edge.grad is not None:
+                        heapq.heappush(ready, (-edge.seq, id(edge), edge))
+                    else:  # no gradient came: pass nothing on
+                        edge.edges = ()
+                        edge.saved = ()
+            elif value is not None:
+                assert isinstance(edge, Param)
+                self._accumulate_leaf(edge, value)
+
+    def _accumulate(self, node: Node, value: Tensor) -> None:
+        """InputBuffer::accumulate: in place when nobody else holds the first gradient."""
+        old = node.grad
+        assert old is not None and old.storage is not None
+        # references to `old`: the slot, the local, getrefcount's argument
+        if _getrefcount(old) <= 3 and _getrefcount(old.storage) <= 2:
+            self.moved_bytes += value.numel * value.dtype.size * 2
+            return
+        node.grad = self.new(old.numel, old.dtype, old.storage.kind)
+
+    def _accumulate_leaf(self, param: Param, value: Tensor) -> None:
+        """AccumulateGrad: take the first gradient over, add later ones in place."""
+        if param.grad is not None:
+            self.moved_bytes += value.numel * value.dtype.size * 2
+            return
+        storage = value.storage
+        assert storage is not None
+        # the caller's local, this parameter, getrefcount's argument
+        if _getrefcount(value) <= 3 and _getrefcount(storage) <= 3:
+            if storage.kind is not Kind.GRADIENTS:
+                self._relabel(storage, Kind.GRADIENTS, param.owner)
+            param.grad = value
+        else:
+            self.owner = param.owner
+            param.grad = self.new(param.numel, param.dtype, Kind.GRADIENTS)
+
+    def _relabel(self, storage: Storage, kind: Kind, owner: str) -> None:
+        """A block changes its purpose without moving."""
+        phase = self.phase
+        self._events.append(
+            Event(storage.block, -storage.nbytes, storage.kind, storage.owner, phase)
+        )
+        storage.kind = kind
+        storage.owner = owner
+        self._events.append(Event(storage.block, storage.nbytes, kind, owner, phase))
+
+    def zero_grad(self, params: Sequence[Param]) -> None:
+        """Drop gradients (set_to_none=True), those of folded layers with them."""
+        for param in params:
+            if param.grad is not None:
+                assert param.grad.storage is not None
+                param.grad.storage.copies = param.copies
+                param.grad = None
+
+
+def _count_uses(root: Node) -> None:
+    """How many gradients each node of the graph waits for (engine: compute_dependencies)."""
+    seen = {id(root)}
+    stack = [root]
+    while stack:
+        for edge in stack.pop().edges:
+            if type(edge) is Node:
+                edge.waiting += 1
+                if id(edge) not in seen:
+                    seen.add(id(edge))
+                    stack.append(edge)

@@ -1,0 +1,155 @@
+"""The Timeline: every allocation and release of one training run.
+
+All witnesses (the estimate, the trace, the measurement) write this one type. Repeated identical
+layers are written once: an event carries how many equal copies of it the run makes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+class Kind(enum.StrEnum):
+    """What a block of device memory is for."""
+
+    WEIGHTS = "weights"  # base model parameters, their quantisation state and buffers
+    ADAPTERS = "adapters"  # LoRA matrices and modules_to_save copies
+    OPTIMIZER = "optimizer"  # optimizer state resident on the device
+    GRADIENTS = "gradients"  # .grad of trainable parameters
+    ACTIVATIONS = "activations"  # forward results, kept for backward or passing through
+    ACTIVATION_GRADIENTS = "activation_gradients"  # results of backward on their way down
+    LOGITS = "logits"  # everything with a vocabulary dimension between head and loss
+    WORKSPACE = "workspace"  # cuBLAS workspaces, hidden dequantised weights, optimizer temporaries
+    BATCH = "batch"  # token ids, labels, masks and position tables
+
+    # Members are dictionary keys in the hottest loop; the identity hash is 3 times faster than
+    # StrEnum's.
+    __hash__ = object.__hash__
+
+
+class Phase(enum.StrEnum):
+    """Where in a run something happens."""
+
+    LOAD = "load"
+    PREPARE = "prepare"
+    FORWARD = "forward"
+    LOSS = "loss"
+    BACKWARD = "backward"
+    STEP = "step"
+
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One allocation (``nbytes`` > 0) or release (``nbytes`` < 0).
+
+    Attributes:
+        block: Identity of the block; its release carries the same number.
+        nbytes: Bytes as the caching allocator counts them (multiples of 512), for one copy.
+        kind: What the block is for.
+        owner: Module that asked for it, ``model.layers.*`` for a repeated layer.
+        phase: Where in the run.
+        copies: How many equal blocks this stands for.
+    """
+
+    block: int
+    nbytes: int
+    kind: Kind
+    owner: str
+    phase: Phase
+    copies: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A stretch of events that the run performs ``repeats`` times, once per identical layer."""
+
+    events: tuple[Event, ...]
+    repeats: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The fullest moment of a run."""
+
+    nbytes: int
+    phase: Phase
+    owner: str
+    by_kind: dict[Kind, int]
+    by_owner: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Sections in the order in which the run performs them."""
+
+    sections: tuple[Section, ...]
+
+    def events(self) -> Iterator[Event]:
+        """Every event once, repeated sections not unrolled."""
+        for section in self.sections:
+            yield from section.events
+
+    def peak(self) -> Peak:
+        """Find the fullest moment and what the memory is used for at it.
+
+        Returns:
+            The peak over the whole timeline; its parts sum exactly to its ``nbytes``.
+
+        Known limitations:
+            Within a repeated section bytes grow linearly from one repetition to the next, so only
+            the first and the last repetition can hold the peak; both are looked at.
+        """
+        live: dict[tuple[Kind, str], int] = {}
+        total = 0
+        best = (-1, Phase.LOAD, "", dict(live))
+        for section in self.sections:
+            first = dict(live)
+            base = total
+            total, best = _walk(section.events, live, total, best)
+            more = section.repeats - 1
+            if more <= 0:
+                continue
+            change = {
+                key: live.get(key, 0) - first.get(key, 0) for key in live.keys() | first.keys()
+            }
+            step = total - base
+            if step > 0:
+                # the last repetition starts from (repeats - 1) times the change of one
+                for key, delta in change.items():
+                    live[key] = first.get(key, 0) + more * delta
+                total, best = _walk(section.events, live, base + more * step, best)
+            else:
+                for key, delta in change.items():
+                    live[key] = first.get(key, 0) + section.repeats * delta
+                total = base + section.repeats * step
+        nbytes, phase, owner, snapshot = best
+        by_kind: dict[Kind, int] = {}
+        by_owner: dict[str, int] = {}
+        for (kind, name), size in snapshot.items():
+            if size:
+                by_kind[kind] = by_kind.get(kind, 0) + size
+                by_owner[name] = by_owner.get(name, 0) + size
+        return Peak(nbytes, phase, owner, by_kind, by_owner)
+
+
+_Best = tuple[int, Phase, str, dict[tuple[Kind, str], int]]
+
+
+def _walk(
+    events: tuple[Event, ...], live: dict[tuple[Kind, str], int], total: int, best: _Best
+) -> tuple[int, _Best]:
+    """Apply events to ``live`` in place; remember the fullest moment."""
+    top = best[0]
+    for event in events:
+        key = (event.kind, event.owner)
+        size = event.nbytes * event.copies
+        live[key] = live.get(key, 0) + size
+        total += size
+        if total > top:
+            top = total
+            best = (total, event.phase, event.owner, dict(live))
+    return total, best
