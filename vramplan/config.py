@@ -70,6 +70,12 @@ class ConfigReader:
         self.where = where
         self.warnings: list[str] = []
 
+    def with_defaults(self, **defaults: Any) -> ConfigReader:
+        """A reader that takes these values where the config is silent."""
+        reader = ConfigReader({**defaults, **_present(self.values)}, self.where)
+        reader.warnings = self.warnings
+        return reader
+
     def fail(self, key: str, problem: str) -> ConfigError:
         """An error about one key, ready to raise."""
         return ConfigError(f"{self.where}: {key} {problem}")
@@ -169,6 +175,10 @@ class ConfigReader:
         """dtype of the checkpoint; bf16 when the config does not say."""
         name = self.text("dtype", "torch_dtype", default="bfloat16")
         return {"float32": FP32, "float16": FP16, "bfloat16": BF16}.get(name, BF16)
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _show(value: object) -> str:

@@ -221,7 +221,7 @@ class Built:
         numel = spec.num_parameters
         weight = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
         if self._saved_copy(spec.name):
-            weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1)
+            weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1, saved=True)
         return Embedding(spec, spec.name, weight)
 
     def _norm(self, spec: NormSpec, prefix: str, copies: int) -> Norm:
@@ -230,14 +230,17 @@ class Built:
         names = ("weight", "bias") if spec.bias else ("weight",)
         made = [self._param(spec.size, 1, self.plain_dtype, owner, copies) for _ in names]
         if saved:
-            made = [self._adapter_param(spec.size, 1, owner, copies) for _ in names]
+            made = [self._adapter_param(spec.size, 1, owner, copies, saved=True) for _ in names]
         return Norm(spec, owner, made[0], made[1] if spec.bias else None)
 
-    def _adapter_param(self, numel: int, rows: int, owner: str, copies: int) -> Param:
+    def _adapter_param(
+        self, numel: int, rows: int, owner: str, copies: int, *, saved: bool = False
+    ) -> Param:
+        """A LoRA matrix (fp32), or a modules_to_save copy (in the dtype of the original)."""
         return self._param(
             numel,
             rows,
-            self.job.adapter_dtype,
+            self.plain_dtype if saved else self.job.adapter_dtype,
             owner,
             copies,
             kind=Kind.ADAPTERS,
@@ -312,12 +315,12 @@ class Built:
                 else self._param(rows * columns, rows, self.plain_dtype, spec.name, 1)
             )
             if saved:
-                weight = self._adapter_param(rows * columns, rows, spec.name, 1)
+                weight = self._adapter_param(rows * columns, rows, spec.name, 1, saved=True)
         bias = None
         if spec.bias:
             bias = self._param(rows, 1, self.plain_dtype, spec.name, 1)
             if saved:
-                bias = self._adapter_param(rows, 1, spec.name, 1)
+                bias = self._adapter_param(rows, 1, spec.name, 1, saved=True)
         head = Linear(spec, spec.name, weight, bias)
         if spec.name.rsplit(".", 1)[-1] in self.targets:
             head.adapter = Adapter(

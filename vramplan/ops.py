@@ -310,6 +310,20 @@ def gelu_new(t: Tape, x: Tensor) -> Tensor:
     )
 
 
+def gelu_fast(t: Tape, x: Tensor) -> Tensor:
+    """transformers' FastGELUActivation, written out in Python there and here.
+
+    ``0.5 * x * (1.0 + tanh(x * c * (1.0 + 0.044715 * x * x)))``
+    """
+    return mul(
+        t,
+        scale(t, x),
+        add_scalar(
+            t, tanh(t, mul(t, scale(t, x), add_scalar(t, mul(t, scale(t, x), x))))
+        ),
+    )
+
+
 ACTIVATIONS: dict[str, Callable[[Tape, Tensor], Tensor]] = {
     "silu": keep_input,
     "swish": keep_input,
@@ -317,6 +331,7 @@ ACTIVATIONS: dict[str, Callable[[Tape, Tensor], Tensor]] = {
     "gelu_pytorch_tanh": keep_input,
     "relu": tanh,  # threshold_backward keeps the result
     "gelu_new": gelu_new,
+    "gelu_fast": gelu_fast,
 }
 
 

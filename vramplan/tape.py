@@ -420,7 +420,9 @@ class Tape:
     def _accumulate(self, node: Node, value: Tensor) -> None:
         """InputBuffer::accumulate: in place when nobody else holds the first gradient."""
         old = node.grad
-        assert old is not None and old.storage is not None
+        assert old is not None
+        if old.storage is None:  # a part of a split: the node gathers its parts itself
+            return
         # references to `old`: the slot, the local, getrefcount's argument
         if _getrefcount(old) <= 3 and _getrefcount(old.storage) <= 2:
             self.moved_bytes += value.numel * value.dtype.size * 2

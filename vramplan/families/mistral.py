@@ -14,12 +14,14 @@ from vramplan.model import Dims
 
 def read(c: ConfigReader) -> Dims:
     """MistralConfig: all layers use the window, if there is one."""
-    dims = llama.read(c)
+    dims = llama.read(
+        c.with_defaults(
+            num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=131072
+        )
+    )
     window = c.size("sliding_window") if c.values.get("sliding_window") else None
-    kv_heads = dims.num_kv_heads if "num_key_value_heads" in c.values else 8
     return replace(
         dims,
-        num_kv_heads=kv_heads,
         attention_bias=False,
         mlp_bias=False,
         sliding_window=window,

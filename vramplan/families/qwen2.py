@@ -14,7 +14,9 @@ from vramplan.model import Architecture, Dims
 
 def read(c: ConfigReader) -> Dims:
     """Qwen2Config."""
-    dims = llama.read(c)
+    dims = llama.read(
+        c.with_defaults(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768)
+    )
     used = c.flag("use_sliding_window", default=False)
     window = c.size("sliding_window", default=4096) if used else None
     first = c.number("max_window_layers", default=28, low=0, high=10_000)
