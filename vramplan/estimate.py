@@ -35,6 +35,9 @@ class Estimate:
         ready_bytes: Allocated when training is about to start.
         peak_allocated_bytes: Largest allocated from the second step on.
         first_step_peak_bytes: Largest allocated in the first step.
+        base_bytes: The base model alone, adapters not counted.
+        static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
+        optimizer_bytes: Optimizer state on the device.
         paged_bytes: Optimizer state in managed memory.
         flops: Floating point operations of one optimizer step.
         moved_bytes: Bytes read and written by one optimizer step's forward and backward.
@@ -45,6 +48,9 @@ class Estimate:
     ready_bytes: int
     peak_allocated_bytes: int
     first_step_peak_bytes: int
+    base_bytes: int
+    static_bytes: int
+    optimizer_bytes: int
     paged_bytes: int
     flops: int
     moved_bytes: int
@@ -125,6 +131,7 @@ class Step:
             Storage(t, self.workspace_bytes, Kind.WORKSPACE, f"cublas.{thread}")
             for thread in ("forward", "backward")
         ]
+        static = t.live_bytes
         before = t.peak_bytes
         t.peak_bytes = 0
         for _ in range(min(self.job.gradient_accumulation_steps, 2)):
@@ -139,6 +146,9 @@ class Step:
             ready_bytes=ready,
             peak_allocated_bytes=max(walk_peak, step_peak),
             first_step_peak_bytes=max(walk_peak - optimizer_bytes, step_peak),
+            base_bytes=ready - self.built.adapter_bytes,
+            static_bytes=static,
+            optimizer_bytes=optimizer_bytes,
             paged_bytes=paged,
             flops=t.flops * steps // min(steps, 2),
             moved_bytes=t.moved_bytes * steps // min(steps, 2),
@@ -158,7 +168,9 @@ class Step:
             for nbytes in (optimizer.shared_parts() if self.built.trainable else ())
         ]
         for param in self.built.trainable:
-            parts, managed = optimizer.state_parts(param.numel, param.rows, param.dtype)
+            parts, managed = optimizer.state_parts(
+                param.numel, param.rows, param.dtype, embedding=param.embedding
+            )
             paged += managed * param.copies
             held += [
                 Storage(t, round_block(n), Kind.OPTIMIZER, param.owner, param.copies)

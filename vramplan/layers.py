@@ -171,6 +171,7 @@ class Built:
         self.trainable: list[Param] = []
         self.storages: list[Storage] = []
         self.num_trainable = 0
+        self.adapter_bytes = 0
         self.embedding = self._embedding(arch.embedding)
         self.layers = [self._layer(arch, runs, i) for i in range(len(runs))]
         self.final_norm = self._norm(arch.final_norm, "", 1)
@@ -202,6 +203,8 @@ class Built:
         param = Param(storage, numel, dtype, trainable, owner, copies)
         param.rows = rows
         self.params.append(param)
+        if kind is Kind.ADAPTERS:
+            self.adapter_bytes += storage.nbytes * copies
         if trainable:
             self.trainable.append(param)
             self.num_trainable += numel * copies
@@ -222,6 +225,7 @@ class Built:
         weight = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
         if self._saved_copy(spec.name):
             weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1, saved=True)
+        weight.embedding = True
         return Embedding(spec, spec.name, weight)
 
     def _norm(self, spec: NormSpec, prefix: str, copies: int) -> Norm:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from vramplan.errors import UnknownNameError
 from vramplan.formats import BOOL, FP32, INT64, Dtype
-from vramplan.tape import Node, Param, Storage, Tape, Tensor
+from vramplan.tape import BackwardFn, Node, Param, Storage, Tape, Tensor, alias
 from vramplan.timeline import Kind
 
 Grads = Sequence[Tensor | None]
@@ -76,8 +76,12 @@ def view(t: Tape, x: Tensor) -> Tensor:
     """view, transpose, permute: another tensor over the same storage."""
     out = Tensor(x.storage, x.numel, x.dtype)
     if x.node is not None:
-        out.node = t.node((x.node,), _pass)
+        out.node = t.node((x.node,), _view_backward)
     return out
+
+
+def _view_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (alias(grad),)
 
 
 def _pass(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -161,13 +165,13 @@ def _fit(t: Tape, grad: Tensor, numel: int, dtype: Dtype) -> Tensor:
 
 def mul(t: Tape, a: Tensor, b: Tensor) -> Tensor:
     """``a * b`` with broadcasting."""
-    out = t.new(max(a.numel, b.numel), promote(a.dtype, b.dtype))
     t.moved_bytes += a.numel * a.dtype.size + b.numel * b.dtype.size
+    node = None
     if a.node is not None or b.node is not None:
         saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
         args = (a.numel, a.dtype, b.numel, b.dtype)
-        out.node = t.node((a.node, b.node), _mul_backward, saved, args)
-    return out
+        node = t.node((a.node, b.node), _mul_backward, saved, args)
+    return t.new(max(a.numel, b.numel), promote(a.dtype, b.dtype), node=node)
 
 
 def _mul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -227,10 +231,8 @@ def pow_scalar(t: Tape, x: Tensor) -> Tensor:
     """``x.pow(n)``, in fp32 under autocast; backward is ``grad * (n * x.pow(n - 1))``."""
     if t.autocast is not None:
         x = to(t, x, FP32)
-    out = t.new(x.numel, x.dtype)
-    if x.node is not None:
-        out.node = t.node((x.node,), _pow_backward, (x,))
-    return out
+    node = t.node((x.node,), _pow_backward, (x,)) if x.node is not None else None
+    return t.new(x.numel, x.dtype, node=node)
 
 
 def _pow_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -256,9 +258,15 @@ def _mean_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def rsqrt(t: Tape, x: Tensor) -> Tensor:
     """``torch.rsqrt``: keeps its result; backward is ``-0.5 * grad * result.pow(3)``."""
-    out = t.new(x.numel, x.dtype)
-    if x.node is not None:
-        out.node = t.node((x.node,), _three_temporaries, (out_alias(out),))
+    return _keep_result(t, x, _three_temporaries)
+
+
+def _keep_result(t: Tape, x: Tensor, backward: BackwardFn) -> Tensor:
+    """An operation whose node keeps its result."""
+    node = t.node((x.node,), backward) if x.node is not None else None
+    out = t.new(x.numel, x.dtype, node=node)
+    if node is not None:
+        node.saved = t.save((out_alias(out),))
     return out
 
 
@@ -278,10 +286,9 @@ def _three_temporaries(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def keep_input(t: Tape, x: Tensor) -> Tensor:
     """silu, gelu, relu² …: one kernel that keeps its input; backward is one kernel too."""
-    out = t.new(x.numel, x.dtype)
+    node = t.node((x.node,), _keep_input_backward, (x,)) if x.node is not None else None
+    out = t.new(x.numel, x.dtype, node=node)
     t.moved_bytes += x.numel * x.dtype.size
-    if x.node is not None:
-        out.node = t.node((x.node,), _keep_input_backward, (x,))
     return out
 
 
@@ -292,10 +299,7 @@ def _keep_input_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def tanh(t: Tape, x: Tensor) -> Tensor:
     """``torch.tanh``: keeps its result."""
-    out = t.new(x.numel, x.dtype)
-    if x.node is not None:
-        out.node = t.node((x.node,), _keep_input_backward, (out_alias(out),))
-    return out
+    return _keep_result(t, x, _keep_input_backward)
 
 
 def gelu_new(t: Tape, x: Tensor) -> Tensor:
@@ -372,17 +376,20 @@ def layer_norm(t: Tape, x: Tensor, weight: Param, bias: Param | None, groups: in
         x = to(t, x, FP32)
     w = to(t, weight, FP32) if t.autocast is not None else weight
     b = bias if bias is None or t.autocast is None else to(t, bias, FP32)
-    out = t.new(x.numel, x.dtype)
+    edges = (x.node, w.node, b.node if b is not None else None)
+    node = None
+    if edges != (None, None, None):
+        node = t.node(edges, _layer_norm_backward, (x, w))
+    out = t.new(x.numel, x.dtype, node=node)
     mean_ = t.new(groups, FP32)
     rstd = t.new(groups, FP32)
-    edges = (x.node, w.node, b.node if b is not None else None)
-    if any(edge is not None for edge in edges):
-        out.node = t.node(edges, _layer_norm_backward, (x, mean_, rstd, w))
+    if node is not None:
+        node.saved += t.save((mean_, rstd))
     return out
 
 
 def _layer_norm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
-    x, _mean, _rstd, w = [t.unpack(saved) for saved in node.saved]
+    x, w, _mean, _rstd = [t.unpack(saved) for saved in node.saved]
     gx = t.new(x.numel, x.dtype) if node.edges[0] is not None else None
     gw = _leaf_grad(t, w.numel, w.dtype, node.edges[1])
     gb = _leaf_grad(t, w.numel, w.dtype, node.edges[2])
@@ -403,9 +410,10 @@ def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
             x = to(t, x, FP32)
             in_dtype = FP32
         dtype = x.dtype
-    out = t.new(x.numel, dtype)
-    if x.node is not None:
-        out.node = t.node((x.node,), _softmax_backward, (out_alias(out),), (in_dtype,))
+    node = t.node((x.node,), _softmax_backward, (), (in_dtype,)) if x.node is not None else None
+    out = t.new(x.numel, dtype, node=node)
+    if node is not None:
+        node.saved = t.save((out_alias(out),))
     return out
 
 
@@ -439,19 +447,20 @@ def linear(
     t: Tape, x: Tensor, weight: Param, bias: Param | None, rows: int, columns: int
 ) -> Tensor:
     """``F.linear``: x [tokens, columns] times weight [rows, columns]."""
+    # autocast's wrapper casts its arguments last to first, as C++ evaluates them here
+    b = autocast_weight(t, bias) if bias is not None else None
+    w = autocast_weight(t, weight)
     if t.autocast is not None:
         x = to(t, x, t.autocast)
-    w = autocast_weight(t, weight)
-    b = autocast_weight(t, bias) if bias is not None else None
     tokens = x.numel // columns
-    out = t.new(tokens * rows, x.dtype)
     t.flops += 2 * tokens * rows * columns
     t.moved_bytes += (x.numel + rows * columns) * x.dtype.size
     edges = (x.node, w.node, b.node if b is not None else None)
+    node = None
     if edges != (None, None, None):
         saved = ((x,) if edges[1] is not None else ()) + ((w,) if edges[0] is not None else ())
-        out.node = t.node(edges, _linear_backward, saved, (tokens, rows, columns))
-    return out
+        node = t.node(edges, _linear_backward, saved, (tokens, rows, columns))
+    return t.new(tokens * rows, x.dtype, node=node)
 
 
 def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -459,14 +468,18 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     for saved in node.saved:
         t.unpack(saved)
     x_edge, w_edge, b_edge = node.edges
-    gx = gw = gb = None
+    gx = gw = None
+    if b_edge is None:  # mm computes mat2's gradient first, addmm mat1's
+        gw = _leaf_grad(t, rows * columns, grad.dtype, w_edge)
     if x_edge is not None:
         gx = t.new(tokens * columns, grad.dtype, Kind.ACTIVATION_GRADIENTS)
-        t.flops += 2 * tokens * rows * columns
-    if w_edge is not None:
+    if b_edge is not None:
         gw = _leaf_grad(t, rows * columns, grad.dtype, w_edge)
-        t.flops += 2 * tokens * rows * columns
+    t.flops += 2 * tokens * rows * columns * ((gx is not None) + (gw is not None))
     gb = _leaf_grad(t, rows, grad.dtype, b_edge)
+    for viewed in (gx, gw):  # reshaped, transposed
+        if viewed is not None:
+            viewed.aliased = True
     return gx, gw, gb
 
 
@@ -489,18 +502,19 @@ def batched_matmul(
     Source: torch 2.11 ``aten/src/ATen/native/LinearAlgebra.cpp`` (``_matmul_impl``).
     """
     if t.autocast is not None:
-        a, b = to(t, a, t.autocast), to(t, b, t.autocast)
+        b = to(t, b, t.autocast)
+        a = to(t, a, t.autocast)
     if batch > 1:
         if a.numel < numel:  # queries; attention weights are contiguous already
             a = copy(t, a)
         b = copy(t, b)
-    out = t.new(numel, a.dtype)
     t.flops += 2 * numel * inner
+    node = None
     if a.node is not None or b.node is not None:
         saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
         args = (a.numel, b.numel, inner)
-        out.node = t.node((a.node, b.node), _matmul_backward, saved, args)
-    return out
+        node = t.node((a.node, b.node), _matmul_backward, saved, args)
+    return t.new(numel, a.dtype, node=node)
 
 
 def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -508,8 +522,8 @@ def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     for saved in node.saved:
         t.unpack(saved)
     a_edge, b_edge = node.edges
-    ga = t.new(a_numel, grad.dtype) if a_edge is not None else None
     gb = t.new(b_numel, grad.dtype) if b_edge is not None else None
+    ga = t.new(a_numel, grad.dtype) if a_edge is not None else None
     t.flops += 2 * grad.numel * inner * ((ga is not None) + (gb is not None))
     return ga, gb
 
@@ -589,17 +603,19 @@ def _matmul_8bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 # -- attention -----------------------------------------------------------------------------------
 
 
-def flash_attention(
+def fused_attention(
     t: Tape,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     shape: tuple[int, int, int, int, int],
+    *,
+    cudnn: bool,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` by FlashAttention-2 (also what flash-attn itself does).
+    """``scaled_dot_product_attention`` without a mask: cuDNN's kernel or FlashAttention-2.
 
-    Keeps q, k, v, the output and one fp32 log-sum-exp per row. Backward accumulates dq in fp32 and,
-    with grouped queries, dk and dv per query head before summing them.
+    Both keep q, k, v, the output and one fp32 log-sum-exp per row. Backward accumulates dq in fp32
+    and, with grouped queries, dk and dv per query head before summing them.
 
     Args:
         t: The tape.
@@ -607,39 +623,47 @@ def flash_attention(
         k: Keys.
         v: Values.
         shape: (batch, query heads, key heads, sequence, head dimension).
+        cudnn: Whether PyTorch picks cuDNN (compute capability 9.0 and above).
 
-    Source: torch 2.11 ``aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp``.
+    Source: torch 2.11 ``aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp``,
+    ``cuda/sdp_utils.cpp`` (choice of kernel); cuDNN's workspace from recorded histories.
     """
     if t.autocast is not None:
-        q, k, v = to(t, q, t.autocast), to(t, k, t.autocast), to(t, v, t.autocast)
+        v = to(t, v, t.autocast)
+        k = to(t, k, t.autocast)
+        q = to(t, q, t.autocast)
     batch, heads, _kv_heads, length, dim = shape
-    out = t.new(q.numel, q.dtype)
-    lse = t.new(batch * heads * length, FP32)
-    rng = t.new(2, INT64)
-    t.flops += 2 * batch * heads * length * length * dim  # causal: half of 4 L² d
     edges = (q.node, k.node, v.node)
+    node = None
     if edges != (None, None, None):
-        out.node = t.node(
-            edges, _flash_attention_backward, (q, k, v, out_alias(out), lse, rng), (shape,)
-        )
+        node = t.node(edges, _fused_attention_backward, (q, k, v), (shape, cudnn))
+    out = t.new(q.numel, q.dtype, node=node)
+    lse = t.new(batch * heads * length, FP32)
+    seed = t.new(1, INT64)
+    offset = t.new(1, INT64)
+    t.flops += 2 * batch * heads * length * length * dim  # causal: half of 4 L² d
+    if node is not None:
+        node.saved += t.save((out_alias(out), lse, seed, offset))
     return out
 
 
-def _flash_attention_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
-    (shape,) = node.args
+def _fused_attention_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    shape, cudnn = node.args
     q, k, v = [t.unpack(saved) for saved in node.saved][:3]
     batch, heads, kv_heads, length, dim = shape
-    rounded = -(-length // 128) * 128
-    dim_rounded = -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64
     dq = t.new(q.numel, q.dtype)
     dk = t.new(k.numel, k.dtype)
     dv = t.new(v.numel, v.dtype)
-    softmax_d = t.scratch(batch * heads * rounded * 4)
-    dq_accum = t.scratch(batch * rounded * heads * dim_rounded * 4)
-    if heads != kv_heads:
-        expanded = [t.scratch(q.numel * q.dtype.size) for _ in range(2)]
-        del expanded
-    del softmax_d, dq_accum
+    rows = batch * heads * length
+    expanded = 2 * rows * dim * q.dtype.size if heads != kv_heads else 0
+    if cudnn:
+        workspace = [t.scratch(rows * dim * 4 + rows * 4 + expanded)]
+    else:
+        rounded = batch * heads * (-(-length // 128) * 128)
+        dim_rounded = -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64
+        workspace = [t.scratch(rounded * 4), t.scratch(rounded * dim_rounded * 4)]
+        workspace += [t.scratch(expanded // 2) for _ in range(2 if expanded else 0)]
+    del workspace
     t.flops += 5 * batch * heads * length * length * dim
     return dq, dk, dv
 
@@ -655,16 +679,20 @@ def efficient_attention(
     (``convert_boolean_attn_mask``), ``cuda/attention.cu``, ``cuda/attention_backward.cu``.
     """
     if t.autocast is not None:
-        q, k, v = to(t, q, t.autocast), to(t, k, t.autocast), to(t, v, t.autocast)
+        v = to(t, v, t.autocast)
+        k = to(t, k, t.autocast)
+        q = to(t, q, t.autocast)
     batch, heads, _kv_heads, length, dim = shape
     bias = t.new(batch * length * length, q.dtype)
-    out = t.new(q.numel, q.dtype)
+    edges = (q.node, k.node, v.node)
+    node = None
+    if edges != (None, None, None):
+        node = t.node(edges, _efficient_attention_backward, (q, k, v, bias), (shape,))
+    out = t.new(q.numel, q.dtype, node=node)
     lse = t.new(batch * heads * (-(-length // 32) * 32), FP32)
     t.flops += 4 * batch * heads * length * length * dim
-    edges = (q.node, k.node, v.node)
-    if edges != (None, None, None):
-        saved = (q, k, v, bias, out_alias(out), lse)
-        out.node = t.node(edges, _efficient_attention_backward, saved, (shape,))
+    if node is not None:
+        node.saved += t.save((out_alias(out), lse))
     return out
 
 

@@ -43,13 +43,17 @@ class Optimizer:
     foreach_temporaries: int = 0
     factored: bool = False
 
-    def state_parts(self, numel: int, rows: int, dtype: Dtype) -> tuple[list[int], int]:
+    def state_parts(
+        self, numel: int, rows: int, dtype: Dtype, *, embedding: bool = False
+    ) -> tuple[list[int], int]:
         """State of one parameter.
 
         Args:
             numel: Elements of the parameter.
             rows: Size of its first dimension (1 for a vector).
             dtype: dtype of the parameter.
+            embedding: Whether it is an ``nn.Embedding``'s table, for which transformers keeps
+                8-bit optimizers in 32 bits.
 
         Returns:
             Bytes of each allocation on the device (unrounded), and bytes in managed memory.
@@ -61,7 +65,7 @@ class Optimizer:
         if self.library != "bitsandbytes":
             size = dtype.size if self.state_bits == 0 else self.state_bits // 8
             return [numel * size] * self.num_states + [4] * self.step_on_device, 0
-        eight_bit = self.state_bits == 8 and numel >= MIN_8BIT_NUMEL
+        eight_bit = self.state_bits == 8 and numel >= MIN_8BIT_NUMEL and not embedding
         state = numel * (1 if eight_bit else 4)
         scales = [-(-numel // BLOCKWISE) * 4] * self.num_states if eight_bit else []
         if self.paged and numel >= PAGED_MIN_NUMEL:

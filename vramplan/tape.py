@@ -56,9 +56,13 @@ class Storage:
 
 
 class Tensor:
-    """Number of elements and dtype over a storage; ``node`` is its grad_fn, None if none."""
+    """Number of elements and dtype over a storage; ``node`` is its grad_fn, None if none.
 
-    __slots__ = ("dtype", "node", "numel", "storage")
+    ``aliased`` marks a gradient that went through a view operation: its base keeps the storage
+    shared, so the engine never adds to it in place.
+    """
+
+    __slots__ = ("aliased", "dtype", "node", "numel", "storage")
 
     def __init__(
         self, storage: Storage | None, numel: int, dtype: Dtype, node: Node | Param | None = None
@@ -67,6 +71,7 @@ class Tensor:
         self.numel = numel
         self.dtype = dtype
         self.node = node
+        self.aliased = False
 
     @property
     def requires_grad(self) -> bool:
@@ -74,10 +79,17 @@ class Tensor:
         return self.node is not None
 
 
+def alias(x: Tensor) -> Tensor:
+    """Another tensor over the same storage, as view operations make."""
+    out = Tensor(x.storage, x.numel, x.dtype)
+    out.aliased = True
+    return out
+
+
 class Param(Tensor):
     """A leaf: a parameter. ``copies`` identical ones exist (one per folded layer)."""
 
-    __slots__ = ("copies", "grad", "owner", "rows")
+    __slots__ = ("copies", "embedding", "grad", "owner", "pending", "rows", "waiting")
 
     def __init__(
         self, storage: Storage, numel: int, dtype: Dtype, trainable: bool, owner: str, copies: int
@@ -88,6 +100,9 @@ class Param(Tensor):
         self.owner = owner
         self.copies = copies
         self.rows = 1
+        self.embedding = False
+        self.pending: Tensor | None = None  # AccumulateGrad's input buffer
+        self.waiting = 0
 
 
 class Holder:
@@ -106,7 +121,7 @@ class Frame:
     __slots__ = ("cursor", "holders", "num_saved", "recompute")
 
     def __init__(self, recompute: Callable[[], object]) -> None:
-        self.recompute: Callable[[], object] | None = recompute
+        self.recompute = recompute
         self.holders: list[Holder] = []
         self.num_saved = 0
         self.cursor = 0
@@ -208,12 +223,18 @@ class Tape:
             )
         )
 
-    def new(self, numel: int, dtype: Dtype, kind: Kind | None = None) -> Tensor:
-        """A fresh tensor of ``numel`` elements (the output of an operation)."""
+    def new(
+        self, numel: int, dtype: Dtype, kind: Kind | None = None, node: Node | None = None
+    ) -> Tensor:
+        """A fresh tensor of ``numel`` elements: the output of an operation.
+
+        ``node`` is made before: PyTorch saves an operation's inputs before running it, which is
+        where recomputation stops early.
+        """
         nbytes = numel * dtype.size
         self.moved_bytes += nbytes
         storage = Storage(self, (nbytes + 511) & -512, kind or self.kind, self.owner)
-        return Tensor(storage, numel, dtype)
+        return Tensor(storage, numel, dtype, node)
 
     def scratch(self, nbytes: int, kind: Kind = Kind.WORKSPACE) -> Storage:
         """Bytes a kernel takes and gives back itself; released when the caller drops it."""
@@ -305,7 +326,6 @@ class Tape:
         return value
 
     def _recompute(self, frame: Frame) -> None:
-        assert frame.recompute is not None
         outer = self.owner, self.kind, self._in_autocast
         self.kind = Kind.ACTIVATIONS
         self._refilling = frame
@@ -317,7 +337,7 @@ class Tape:
         finally:
             self._refilling = None
             self.owner, self.kind, self._in_autocast = outer
-        frame.recompute = None
+        # the frame, and with it the block's input, lives until its last holder goes
         frame.holders = []
 
     @contextmanager
@@ -356,9 +376,9 @@ class Tape:
         for param, cast in cache.values():
             storage = cast.storage
             assert storage is not None
-            # 3 = local, getrefcount's argument, the cast itself: nobody else keeps the copy, so
+            # cache, local, argument: nobody else keeps the copy, so
             # the copies of the folded layers go now too
-            if _getrefcount(cast) <= 4 and _getrefcount(storage) <= 3:
+            if _getrefcount(cast) <= 3 and _getrefcount(storage) <= 3:
                 storage.copies = param.copies
 
     # -- autograd: backward -----------------------------------------------------------------------
@@ -415,7 +435,7 @@ class Tape:
                         edge.saved = ()
             elif value is not None:
                 assert isinstance(edge, Param)
-                self._accumulate_leaf(edge, value)
+                self._arrive_at_leaf(edge, value)
 
     def _accumulate(self, node: Node, value: Tensor) -> None:
         """InputBuffer::accumulate: in place when nobody else holds the first gradient."""
@@ -424,10 +444,24 @@ class Tape:
         if old.storage is None:  # a part of a split: the node gathers its parts itself
             return
         # references to `old`: the slot, the local, getrefcount's argument
-        if _getrefcount(old) <= 3 and _getrefcount(old.storage) <= 2:
+        if not old.aliased and _getrefcount(old) <= 3 and _getrefcount(old.storage) <= 2:
             self.moved_bytes += value.numel * value.dtype.size * 2
             return
         node.grad = self.new(old.numel, old.dtype, old.storage.kind)
+
+    def _arrive_at_leaf(self, param: Param, value: Tensor) -> None:
+        """A parameter used twice (a tied head) waits for both gradients and adds them up."""
+        param.waiting -= 1
+        if param.pending is not None:
+            if param.pending.aliased:
+                value = self.new(param.numel, param.pending.dtype, Kind.GRADIENTS)
+            else:
+                value = param.pending
+            param.pending = None
+        if param.waiting > 0:
+            param.pending = value
+        else:
+            self._accumulate_leaf(param, value)
 
     def _accumulate_leaf(self, param: Param, value: Tensor) -> None:
         """AccumulateGrad: take the first gradient over, add later ones in place."""
@@ -436,8 +470,8 @@ class Tape:
             return
         storage = value.storage
         assert storage is not None
-        # the caller's local, this parameter, getrefcount's argument
-        if _getrefcount(value) <= 3 and _getrefcount(storage) <= 3:
+        # two callers' locals, this one, getrefcount's argument
+        if _getrefcount(value) <= 4 and _getrefcount(storage) <= 3:
             if storage.kind is not Kind.GRADIENTS:
                 self._relabel(storage, Kind.GRADIENTS, param.owner)
             param.grad = value
@@ -470,8 +504,10 @@ def _count_uses(root: Node) -> None:
     stack = [root]
     while stack:
         for edge in stack.pop().edges:
+            if edge is None:
+                continue
+            edge.waiting += 1
             if type(edge) is Node:
-                edge.waiting += 1
                 if id(edge) not in seen:
                     seen.add(id(edge))
                     stack.append(edge)

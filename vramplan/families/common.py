@@ -27,6 +27,7 @@ class Env:
         tokens: Tokens of a micro-batch, batch × length.
         cos: Rotary table [1, length, rotary_dim]; None where the model has none.
         mask: Attention mask tensor, None where the kernel masks by itself.
+        cudnn: Whether sdpa runs cuDNN's kernel (compute capability 9.0 and above).
         kept: What the model's loop keeps of a block's result until the next block returns.
     """
 
@@ -40,6 +41,7 @@ class Env:
     sin: Tensor | None = None
     mask: Tensor | None = None
     kept: Tensor | None = None
+    cudnn: bool = True
 
     @property
     def windowed(self) -> bool:
@@ -159,7 +161,7 @@ def attend(
         out = ops.efficient_attention(t, q, k, v, shape)
     else:
         shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
-        out = ops.flash_attention(t, q, k, v, shape)
+        out = ops.fused_attention(t, q, k, v, shape, cudnn=env.cudnn)
     return (out if contiguous else ops.copy(t, out)), None
 
 

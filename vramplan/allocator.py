@@ -1,0 +1,247 @@
+"""A replay of PyTorch's CUDA caching allocator: from a Timeline to what the card sees.
+
+The tape says which blocks live when. The allocator decides what that costs: it keeps freed blocks
+for reuse in two pools, asks the driver for segments of 2 MiB, 20 MiB or more, splits them, merges
+free neighbours, and gives whole free segments back only when the driver refuses. The replay does
+the same with the same rules, so reserved memory and the smallest working limit are results.
+
+Source: torch 2.11 ``c10/cuda/CUDACachingAllocator.cpp`` (``malloc``, ``get_free_block``,
+``alloc_block``, ``should_split``, ``release_cached_blocks``), ``c10/core/AllocatorConfig.h``.
+
+Known limitations:
+    One stream; default settings (no expandable segments, no split limit). Segment addresses are
+    taken as rising, where the driver may reuse a hole.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+
+from vramplan.timeline import Timeline
+
+SMALL_SIZE = 1024**2  # largest request of the small pool
+SMALL_BUFFER = 2 * 1024**2
+LARGE_BUFFER = 20 * 1024**2
+MIN_LARGE_ALLOC = 10 * 1024**2
+ROUND_LARGE = 2 * 1024**2
+MIN_BLOCK = 512
+
+
+class OutOfMemory(Exception):  # noqa: N818 - a result, not a fault
+    """The limit does not hold the job, even with every free segment given back."""
+
+
+class Block:
+    """A piece of a segment; ``prev`` and ``next`` are its neighbours in it."""
+
+    __slots__ = ("address", "free", "next", "prev", "size", "small")
+
+    def __init__(self, address: int, size: int, small: bool) -> None:
+        self.address = address
+        self.size = size
+        self.small = small
+        self.free = False
+        self.prev: Block | None = None
+        self.next: Block | None = None
+
+
+class CachingAllocator:
+    """The allocator's state.
+
+    Args:
+        limit: Most bytes it may reserve (``set_per_process_memory_fraction``); None for no limit.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.reserved = 0
+        self.peak_reserved = 0
+        self.allocated = 0
+        self.peak_allocated = 0
+        self.retries = 0
+        self._top = 0
+        # free blocks as sorted (size, address) with the block beside: small pool, large pool
+        self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+        self._blocks: dict[int, Block] = {}
+
+    def malloc(self, nbytes: int) -> Block:
+        """Serve a request of ``nbytes`` (already rounded to 512).
+
+        Raises:
+            OutOfMemory: If the limit is reached although all free segments were given back.
+        """
+        small = nbytes <= SMALL_SIZE
+        pool = self._free[not small]
+        index = bisect_left(pool, (nbytes, 0))
+        if index < len(pool):
+            block = self._blocks.pop(pool.pop(index)[1])
+            block.free = False
+        else:
+            block = self._segment(nbytes, small)
+        remaining = block.size - nbytes
+        if remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE:
+            self._split(block, nbytes)
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def _segment(self, nbytes: int, small: bool) -> Block:
+        if small:
+            size = SMALL_BUFFER
+        elif nbytes < MIN_LARGE_ALLOC:
+            size = LARGE_BUFFER
+        else:
+            size = -(-nbytes // ROUND_LARGE) * ROUND_LARGE
+        if self.limit is not None and self.reserved + size > self.limit:
+            self.retries += 1
+            self.empty_cache()
+            if self.reserved + size > self.limit:
+                raise OutOfMemory
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        block = Block(self._top, size, small)
+        self._top += size
+        return block
+
+    def _split(self, block: Block, nbytes: int) -> None:
+        rest = Block(block.address + nbytes, block.size - nbytes, block.small)
+        rest.prev, rest.next = block, block.next
+        if rest.next is not None:
+            rest.next.prev = rest
+        block.next = rest
+        block.size = nbytes
+        self._add_free(rest)
+
+    def _add_free(self, block: Block) -> None:
+        block.free = True
+        self._blocks[block.address] = block
+        insort(self._free[not block.small], (block.size, block.address))
+
+    def _drop_free(self, block: Block) -> None:
+        pool = self._free[not block.small]
+        del pool[bisect_left(pool, (block.size, block.address))]
+        del self._blocks[block.address]
+
+    def free(self, block: Block) -> None:
+        """Take a block back and merge it with free neighbours."""
+        self.allocated -= block.size
+        before, after = block.prev, block.next
+        if before is not None and before.free:
+            self._drop_free(before)
+            before.size += block.size
+            before.next = after
+            if after is not None:
+                after.prev = before
+            block = before
+        if after is not None and after.free:
+            self._drop_free(after)
+            block.size += after.size
+            block.next = after.next
+            if after.next is not None:
+                after.next.prev = block
+        self._add_free(block)
+
+    def empty_cache(self) -> None:
+        """Give back every segment that is free as a whole."""
+        for pool in self._free:
+            kept = []
+            for key in pool:
+                block = self._blocks[key[1]]
+                if block.prev is None and block.next is None:
+                    self.reserved -= block.size
+                    del self._blocks[key[1]]
+                else:
+                    kept.append(key)
+            pool[:] = kept
+
+
+Request = tuple[int, int]  # (block identity, bytes); negative bytes release it
+
+
+def unroll(timeline: Timeline) -> list[Request]:
+    """Every request of a run in order, repeated sections and copies written out.
+
+    Blocks that a repeated section leaves behind for a later one are released latest first: backward
+    meets the layers in reverse. Blocks that one layer hands to the next (hidden states, their
+    gradients) are matched by ``_handed_on``.
+    """
+    born: dict[int, list[int]] = {}  # block -> live identities, oldest first
+    handed_on = _handed_on(timeline)
+    requests: list[Request] = []
+    fresh = 0
+    for index, section in enumerate(timeline.sections):
+        for repetition in range(section.repeats):
+            for event in section.events:
+                nbytes = event.nbytes
+                if nbytes > 0:
+                    live = born.setdefault(event.block, [])
+                    for _ in range(event.copies):
+                        fresh += 1
+                        live.append(fresh)
+                        requests.append((fresh, nbytes))
+                elif nbytes < 0:
+                    block, oldest = event.block, False
+                    if section.repeats > 1 and (index, block) in handed_on:
+                        twin, chained = handed_on[index, block]
+                        own = repetition == 0 if chained else repetition == section.repeats - 1
+                        if not own:
+                            block, oldest = twin, chained
+                    live = born[block]
+                    for _ in range(min(event.copies, len(live))):
+                        requests.append((live.pop(0 if oldest else -1), nbytes))
+    return requests
+
+
+def _handed_on(timeline: Timeline) -> dict[tuple[int, int], tuple[int, bool]]:
+    """Match what a repeated section releases of its outer neighbour with its own equivalent.
+
+    The written-out layer releases a block F of the layer before it; its own equivalent Y is
+    released, once, by the layer after it. Of k repetitions one releases F, the others a Y: in the
+    walk that made them (chained) F goes first, in the reversed walk F goes last.
+
+    Returns:
+        (section, F) -> (Y, chained).
+    """
+    home: dict[int, int] = {}
+    size: dict[int, int] = {}
+    left: dict[int, list[int]] = {}  # repeated section -> its blocks released once elsewhere
+    taken: dict[int, list[int]] = {}  # repeated section -> outer blocks it releases
+    repeats = [section.repeats for section in timeline.sections]
+    for index, section in enumerate(timeline.sections):
+        for event in section.events:
+            if event.nbytes > 0:
+                home[event.block], size[event.block] = index, event.nbytes
+            elif event.copies == 1 and event.block in home:
+                source = home[event.block]
+                if repeats[index] == 1 and repeats[source] > 1:
+                    left.setdefault(source, []).append(event.block)
+                elif repeats[index] > 1 and repeats[source] == 1:
+                    taken.setdefault(index, []).append(event.block)
+    matches: dict[tuple[int, int], tuple[int, bool]] = {}
+    for index, blocks in taken.items():
+        for block in blocks:
+            for source in (index, *sorted((s for s in left if s < index), reverse=True)):
+                twin = next((b for b in left.get(source, ()) if size[b] == size[block]), None)
+                if twin is not None:
+                    matches[index, block] = (twin, source == index)
+                    left[source].remove(twin)
+                    break
+    return matches
+
+
+def replay(requests: Iterable[Request], limit: int | None = None) -> CachingAllocator:
+    """Run requests through a fresh allocator.
+
+    Raises:
+        OutOfMemory: If ``limit`` does not hold them.
+    """
+    allocator = CachingAllocator(limit)
+    live: dict[int, Block] = {}
+    malloc, free = allocator.malloc, allocator.free
+    for identity, nbytes in requests:
+        if nbytes > 0:
+            live[identity] = malloc(nbytes)
+        else:
+            free(live.pop(identity))
+    return allocator
