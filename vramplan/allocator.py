@@ -18,7 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
-from vramplan.timeline import Timeline
+from vramplan.timeline import Event, Kind, Phase, Section, Timeline
 
 SMALL_SIZE = 1024**2  # largest request of the small pool
 SMALL_BUFFER = 2 * 1024**2
@@ -157,6 +157,105 @@ class CachingAllocator:
 
 
 Request = tuple[int, int]  # (block identity, bytes); negative bytes release it
+STATIC = (Phase.LOAD, Phase.PREPARE)
+LIMIT_RESOLUTION = 32 * 1024**2
+
+
+class Replay:
+    """A run's requests, ready to be served with and without a limit.
+
+    The large pool is replayed block by block. The small pool (requests up to 1 MiB) holds adapters,
+    statistics and other long-lived things in 2 MiB segments and is taken as full ones. When the
+    optimizer's state is large its blocks, allocated at the end of the first step, shape what the
+    second one finds: then both steps are replayed.
+    """
+
+    def __init__(self, timeline: Timeline) -> None:
+        large, small = _split_pools(timeline)
+        self.small_bytes = -(-_peak(small) // SMALL_BUFFER) * SMALL_BUFFER
+        self.live_bytes = _peak(large)
+        self.requests = _in_order(large)
+        self._roomy: CachingAllocator | None = None
+
+    def roomy(self) -> CachingAllocator:
+        """The allocator after the run on a card with room."""
+        if self._roomy is None:
+            self._roomy = replay(self.requests)
+        return self._roomy
+
+    def reserved_bytes(self) -> int:
+        """Most it reserves, unhurried."""
+        return self.roomy().peak_reserved + self.small_bytes
+
+    def slack_bytes(self) -> int:
+        """What unsplit blocks add to the allocated bytes at the peak."""
+        return max(0, self.roomy().peak_allocated - self.live_bytes)
+
+    def runs_within(self, limit: int) -> bool:
+        """Whether the run succeeds when the allocator may reserve ``limit`` bytes."""
+        try:
+            replay(self.requests, limit - self.small_bytes)
+        except OutOfMemory:
+            return False
+        return True
+
+    def min_limit_bytes(self, resolution: int = LIMIT_RESOLUTION) -> int:
+        """Smallest limit at which the run succeeds, to within ``resolution`` bytes."""
+        low = self.live_bytes + self.small_bytes - resolution
+        high = self.reserved_bytes()
+        while high - low > resolution:
+            middle = (low + high) // 2
+            if self.runs_within(middle):
+                high = middle
+            else:
+                low = middle
+        return high
+
+
+def _split_pools(timeline: Timeline) -> tuple[Timeline, Timeline]:
+    """The events of the large and of the small pool."""
+    pools: tuple[list[Section], list[Section]] = ([], [])
+    for section in timeline.sections:
+        for pool, large in zip(pools, (True, False), strict=True):
+            events = tuple(e for e in section.events if (abs(e.nbytes) > SMALL_SIZE) is large)
+            pool.append(Section(events, section.repeats))
+    return Timeline(tuple(pools[0])), Timeline(tuple(pools[1]))
+
+
+def _peak(timeline: Timeline) -> int:
+    """Most bytes live at once, repeated sections folded."""
+    live = best = 0
+    for section in timeline.sections:
+        start, top = live, live
+        for event in section.events:
+            live += event.nbytes * event.copies
+            top = max(top, live)
+        more = section.repeats - 1
+        best = max(best, top + max(0, live - start) * more)
+        live += (live - start) * more
+    return best
+
+
+def _in_order(timeline: Timeline) -> list[Request]:
+    """The requests as a run makes them: load, a first step, the optimizer's state, a second step."""
+    static: list[Event] = []
+    state: list[Event] = []
+    steps: list[Section] = []
+    for section in timeline.sections:
+        moving = tuple(e for e in section.events if e.phase not in STATIC)
+        for event in section.events:
+            if event.phase in STATIC:
+                (state if event.kind is Kind.OPTIMIZER else static).append(event)
+        steps.append(Section(moving, section.repeats))
+    load = Section(tuple(static))
+    if not state:
+        return unroll(Timeline((load, *steps)))
+    walk = [Section(tuple(e for e in s.events if e.phase is not Phase.STEP), s.repeats) for s in steps]
+    update = [Section(tuple(e for e in s.events if e.phase is Phase.STEP)) for s in steps]
+    first = unroll(Timeline((load, *walk, Section(tuple(state)), *update)))
+    top = max(identity for identity, _ in first)
+    second = unroll(Timeline((*walk, *update)))
+    return first + [(identity + top, nbytes) for identity, nbytes in second]
 
 
 def unroll(timeline: Timeline) -> list[Request]:

@@ -42,7 +42,7 @@ class Estimate:
         flops: Floating point operations of one optimizer step.
         moved_bytes: Bytes read and written by one optimizer step's forward and backward.
         num_trainable: Trainable parameters.
-        timeline: Every allocation.
+        tape: The tape it was walked on; its timeline holds every allocation.
     """
 
     ready_bytes: int
@@ -55,7 +55,12 @@ class Estimate:
     flops: int
     moved_bytes: int
     num_trainable: int
-    timeline: Timeline
+    tape: Tape
+
+    @property
+    def timeline(self) -> Timeline:
+        """Every allocation of the run."""
+        return self.tape.timeline()
 
 
 def runs_of(num_layers: int) -> list[int]:
@@ -82,13 +87,16 @@ def attention_of(family: Family, job: Job) -> str:
     return asked
 
 
-def estimate(model: Model, job: Job, *, hopper: bool = True) -> Estimate:
+def estimate(
+    model: Model, job: Job, *, hopper: bool = True, cudnn: bool = True
+) -> Estimate:
     """Predict the memory of one job.
 
     Args:
         model: The model.
         job: The job.
         hopper: Whether the card's cuBLAS workspaces are Hopper-sized (compute capability 9.0).
+        cudnn: Whether sdpa runs cuDNN's kernel (compute capability 9.0 and above).
 
     Returns:
         Its numbers, all in bytes as torch's allocator counts them.
@@ -96,13 +104,13 @@ def estimate(model: Model, job: Job, *, hopper: bool = True) -> Estimate:
     Raises:
         UsageError: If the job does not go with the model.
     """
-    return Step(model, job, hopper=hopper).run()
+    return Step(model, job, hopper=hopper, cudnn=cudnn).run()
 
 
 class Step:
     """Walks one steady step of a job."""
 
-    def __init__(self, model: Model, job: Job, *, hopper: bool) -> None:
+    def __init__(self, model: Model, job: Job, *, hopper: bool, cudnn: bool) -> None:
         self.model = model
         self.job = job
         self.family = find_family(model.family)
@@ -117,6 +125,7 @@ class Step:
             job.batch_size,
             job.seq_len,
             job.tokens,
+            cudnn=cudnn,
         )
         self.workspace_bytes = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
         self.marks: list[int] = []
@@ -142,6 +151,7 @@ class Step:
         step_peak = t.peak_bytes
         steps = self.job.gradient_accumulation_steps
         t.peak_bytes = max(before, walk_peak, step_peak)
+        t.finish()
         return Estimate(
             ready_bytes=ready,
             peak_allocated_bytes=max(walk_peak, step_peak),
@@ -153,7 +163,7 @@ class Step:
             flops=t.flops * steps // min(steps, 2),
             moved_bytes=t.moved_bytes * steps // min(steps, 2),
             num_trainable=self.built.num_trainable,
-            timeline=t.timeline(),
+            tape=t,
         )
 
     # -- parts of a step -----------------------------------------------------------------------

@@ -4,59 +4,96 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vramplan.allocator import Replay
 from vramplan.calibration import Calibration, calibration_for
 from vramplan.estimate import Estimate, estimate
 from vramplan.gpus import Gpu
 from vramplan.job import Job
 from vramplan.model import LinearSpec, Model
 from vramplan.tape import round_block
-from vramplan.timeline import Peak
+from vramplan.timeline import Kind, Peak
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """All numbers of one job, in bytes; None where vramplan does not know.
+    """All numbers of one job, in bytes.
 
     Attributes:
         estimate: The walk behind it.
-        ready_bytes: Allocated when training is about to start.
-        peak_allocated_bytes: Largest allocated from the second step on.
-        peak_reserved_bytes: Largest reserved by the caching allocator on a roomy card.
-        min_limit_bytes: Smallest allocator limit at which the job still runs.
-        context_bytes: A CUDA context alone.
+        calibration: The measured constants it uses.
+        cache: What the caching allocator makes of the walk.
         process_bytes: What the process holds beyond reserved memory.
-        device_peak_bytes: What the driver shows for the process on a roomy card.
-        paged_bytes: Optimizer state in managed memory, which can leave the device.
         load_peak_bytes: Largest allocated while the model is loaded and prepared.
-        host_ram_bytes: Host memory of the process, with all paged state evicted to it.
         download_bytes: The checkpoint on disk.
         adapter_bytes: What training saves: the adapter, or the whole model.
-        optimizer_file_bytes: Optimizer state of one saved checkpoint.
     """
 
     job: Job
     model: Model
     estimate: Estimate
     calibration: Calibration
-    ready_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    min_limit_bytes: int
-    context_bytes: int
+    cache: ReplayedCache | SimilarCache
     process_bytes: int
-    device_peak_bytes: int
-    min_device_bytes: int
-    paged_bytes: int
     load_peak_bytes: int
-    host_ram_bytes: int
     download_bytes: int
     adapter_bytes: int
-    optimizer_file_bytes: int
+
+    @property
+    def ready_bytes(self) -> int:
+        """Allocated when training is about to start."""
+        return self.estimate.ready_bytes
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Largest allocated from the second step on, unsplit blocks at their full size."""
+        return self.estimate.peak_allocated_bytes + self.cache.slack_bytes
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """Largest reserved by the caching allocator on a roomy card."""
+        return max(self.cache.reserved_bytes, self.peak_allocated_bytes)
+
+    @property
+    def min_limit_bytes(self) -> int:
+        """Smallest allocator limit at which the job still runs (costs a search)."""
+        return max(self.cache.min_limit_bytes(), self.estimate.peak_allocated_bytes)
+
+    @property
+    def context_bytes(self) -> int:
+        """A CUDA context alone."""
+        return self.calibration.context_bytes
+
+    @property
+    def device_peak_bytes(self) -> int:
+        """What the driver shows for the process on a roomy card."""
+        return self.peak_reserved_bytes + self.process_bytes
+
+    @property
+    def paged_bytes(self) -> int:
+        """Optimizer state in managed memory, which can leave the device."""
+        return self.estimate.paged_bytes
+
+    @property
+    def host_ram_bytes(self) -> int:
+        """Host memory of the process, with all paged state evicted to it."""
+        return self.calibration.host_bytes + self.paged_bytes
+
+    @property
+    def optimizer_file_bytes(self) -> int:
+        """Optimizer state of one saved checkpoint."""
+        return self.estimate.optimizer_bytes + self.paged_bytes
 
     @property
     def disk_bytes(self) -> int:
         """Checkpoint download, saved weights and one optimizer checkpoint."""
         return self.download_bytes + self.adapter_bytes + self.optimizer_file_bytes
+
+    def breakdown(self) -> dict[Kind, int]:
+        """Bytes by kind at the peak; they sum to ``peak_allocated_bytes``."""
+        parts = self.estimate.timeline.peak().by_kind
+        if self.cache.slack_bytes:
+            parts[Kind.ROUNDING] = self.cache.slack_bytes
+        return parts
 
     def peak(self) -> Peak:
         """The fullest moment and what is in it."""
@@ -92,13 +129,18 @@ def job_for(job: Job, gpu: Gpu | None) -> Job:
     )
 
 
-def predict(model: Model, job: Job, gpu: Gpu | None = None) -> Prediction:
+def predict(
+    model: Model, job: Job, gpu: Gpu | None = None, *, like: Prediction | None = None
+) -> Prediction:
     """Predict every number of a job on a card.
 
     Args:
         model: The model.
         job: The job; see ``job_for`` for cards without bf16.
         gpu: The card, None for any card.
+        like: A prediction of a similar job. Its shares of cached memory are taken over instead of
+            replaying the allocator, which makes the search for advice ten times faster; such
+            numbers are estimates of what ``predict`` alone would say.
 
     Returns:
         The prediction.
@@ -107,47 +149,70 @@ def predict(model: Model, job: Job, gpu: Gpu | None = None) -> Prediction:
         UsageError: If the job does not go with the model.
     """
     hopper = gpu is None or gpu.compute_capability[0] == 9
-    walked = estimate(model, job, hopper=hopper)
+    cudnn = gpu is None or gpu.compute_capability[0] >= 9
+    walked = estimate(model, job, hopper=hopper, cudnn=cudnn)
     calibration = calibration_for(gpu.slug if gpu else None)
     process = calibration.process_bytes(
         job.quantised or job.optimizer.library == "bitsandbytes"
     )
-    reserved, limit = reserved_bounds(walked)
+    if like is None:
+        cache = ReplayedCache(Replay(walked.timeline), walked)
+    else:
+        cache = SimilarCache(like, walked)
     return Prediction(
         job=job,
         model=model,
         estimate=walked,
         calibration=calibration,
-        ready_bytes=walked.ready_bytes,
-        peak_allocated_bytes=walked.peak_allocated_bytes,
-        peak_reserved_bytes=reserved,
-        min_limit_bytes=limit,
-        context_bytes=calibration.context_bytes,
+        cache=cache,
         process_bytes=process,
-        device_peak_bytes=reserved + process,
-        min_device_bytes=limit + process,
-        paged_bytes=walked.paged_bytes,
         load_peak_bytes=load_peak(model, job, walked),
-        host_ram_bytes=calibration.host_bytes + walked.paged_bytes,
         download_bytes=model.num_parameters * model.dims.dtype.size,
         adapter_bytes=_saved_bytes(model, job, walked),
-        optimizer_file_bytes=walked.optimizer_bytes + walked.paged_bytes,
     )
 
 
-def reserved_bounds(walked: Estimate) -> tuple[int, int]:
-    """Reserved memory and the smallest working limit, until the allocator itself is modelled.
+class ReplayedCache:
+    """What the caching allocator makes of a job, by replay."""
 
-    Static blocks sit in full segments. What moves during a step leaves holes between long-lived
-    blocks: recorded runs reserved up to 0.65 of the moving bytes on top when unhurried, and still
-    ran with 0.28 of them. The bounds take these shares.
+    def __init__(self, replayed: Replay, walked: Estimate) -> None:
+        self.replayed = replayed
+        self.slack_bytes = replayed.slack_bytes()
+        self.reserved_bytes = replayed.reserved_bytes()
+        self._peak = walked.peak_allocated_bytes
+        self._least: int | None = None
 
-    Known limitations:
-        A bound from a few recorded runs, marked as such wherever it is shown.
-    """
-    moving = max(0, walked.peak_allocated_bytes - walked.static_bytes)
-    peak = walked.peak_allocated_bytes
-    return peak + moving * 65 // 100, peak + moving * 28 // 100
+    def runs_within(self, limit: int) -> bool:
+        """Whether the job runs when the allocator may reserve ``limit`` bytes."""
+        return limit >= self._peak and self.replayed.runs_within(limit)
+
+    def min_limit_bytes(self) -> int:
+        """Smallest limit at which it runs (found by bisection at the first call)."""
+        if self._least is None:
+            self._least = self.replayed.min_limit_bytes()
+        return self._least
+
+
+class SimilarCache:
+    """The same from the shares of a similar, replayed job."""
+
+    def __init__(self, like: Prediction, walked: Estimate) -> None:
+        peak = walked.peak_allocated_bytes
+        moving = max(0, peak - walked.static_bytes)
+        other = like.estimate
+        other_moving = max(1, other.peak_allocated_bytes - other.static_bytes)
+        idle = max(0, like.peak_reserved_bytes - other.peak_allocated_bytes)
+        self.slack_bytes = 0
+        self.reserved_bytes = peak + idle * moving // other_moving
+        self._least = peak + moving // 10
+
+    def runs_within(self, limit: int) -> bool:
+        """Whether the job should run within ``limit`` reserved bytes."""
+        return limit >= self._least
+
+    def min_limit_bytes(self) -> int:
+        """Roughly the smallest limit at which it runs."""
+        return self._least
 
 
 def load_peak(model: Model, job: Job, walked: Estimate) -> int:
@@ -177,13 +242,13 @@ def _saved_bytes(model: Model, job: Job, walked: Estimate) -> int:
 def judge(prediction: Prediction, name: str, usable_bytes: int) -> Verdict:
     """Compare a prediction with what a card offers.
 
-    ``fits``: all it would reserve, unhurried, is within the usable memory. ``tight``: only the
-    smallest working limit is; expect allocator retries and slower steps.
+    ``fits``: all it would reserve, unhurried, is within the usable memory. ``tight``: it only runs
+    with the allocator held to what the card has; expect retries and slower steps.
     """
     room = usable_bytes - prediction.device_peak_bytes
     if room >= 0:
         return Verdict(name, usable_bytes, "fits", room)
-    least = usable_bytes - prediction.min_device_bytes
-    if least >= 0:
-        return Verdict(name, usable_bytes, "tight", least)
-    return Verdict(name, usable_bytes, "no", least)
+    limit = usable_bytes - prediction.process_bytes
+    if prediction.cache.runs_within(limit):
+        return Verdict(name, usable_bytes, "tight", limit - prediction.cache.min_limit_bytes())
+    return Verdict(name, usable_bytes, "no", limit - prediction.cache.min_limit_bytes())

@@ -29,6 +29,7 @@ from typing import Any
 from vramplan.formats import Dtype
 from vramplan.timeline import Event, Kind, Phase, Section, Timeline
 
+RawEvent = tuple[int, int, Kind, str, Phase, int]  # an Event's fields; cheaper to write
 BLOCK_BYTES = 512  # c10::CachingAllocator::kMinBlockSize
 _getrefcount = sys.getrefcount
 
@@ -183,8 +184,8 @@ class Tape:
         self.peak_bytes = 0
         self.flops = 0
         self.moved_bytes = 0
-        self._events: list[Event] = []
-        self._sections: list[Section] = []
+        self._events: list[RawEvent] = []
+        self._sections: list[tuple[list[RawEvent], int]] = []
         self._next_block = 0
         self._seq = 0
         self._frame: Frame | None = None
@@ -206,14 +207,14 @@ class Tape:
         self.live_bytes = live = self.live_bytes + nbytes * copies
         if live > self.peak_bytes:
             self.peak_bytes = live
-        self._events.append(Event(block, nbytes, kind, owner, self.phase, copies))
+        self._events.append((block, nbytes, kind, owner, self.phase, copies))
         return block
 
     def release(self, storage: Storage) -> None:
         """Write the release of a storage."""
         self.live_bytes -= storage.nbytes * storage.copies
         self._events.append(
-            Event(
+            (
                 storage.block,
                 -storage.nbytes,
                 storage.kind,
@@ -258,13 +259,21 @@ class Tape:
 
     def _close_section(self, repeats: int) -> None:
         if self._events:
-            self._sections.append(Section(tuple(self._events), repeats))
+            self._sections.append((self._events, repeats))
             self._events = []
 
-    def timeline(self) -> Timeline:
-        """Everything written so far."""
+    def finish(self) -> None:
+        """End the run: what is released after it (by dropping the model) is not part of it."""
         self._close_section(1)
-        return Timeline(tuple(self._sections))
+
+    def timeline(self) -> Timeline:
+        """Everything written until ``finish``."""
+        return Timeline(
+            tuple(
+                Section(tuple(map(Event._make, events)), repeats)
+                for events, repeats in self._sections
+            )
+        )
 
     # -- autograd: forward ------------------------------------------------------------------------
 
@@ -483,11 +492,11 @@ class Tape:
         """A block changes its purpose without moving."""
         phase = self.phase
         self._events.append(
-            Event(storage.block, -storage.nbytes, storage.kind, storage.owner, phase)
+            (storage.block, -storage.nbytes, storage.kind, storage.owner, phase, 1)
         )
         storage.kind = kind
         storage.owner = owner
-        self._events.append(Event(storage.block, storage.nbytes, kind, owner, phase))
+        self._events.append((storage.block, storage.nbytes, kind, owner, phase, 1))
 
     def zero_grad(self, params: Sequence[Param]) -> None:
         """Drop gradients (set_to_none=True), those of folded layers with them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Kind(enum.StrEnum):
@@ -22,6 +23,7 @@ class Kind(enum.StrEnum):
     ACTIVATION_GRADIENTS = "activation_gradients"  # results of backward on their way down
     LOGITS = "logits"  # everything with a vocabulary dimension between head and loss
     WORKSPACE = "workspace"  # cuBLAS workspaces, hidden dequantised weights, optimizer temporaries
+    ROUNDING = "rounding"  # unsplit remainders of reused blocks (allocator replay)
     BATCH = "batch"  # token ids, labels, masks and position tables
 
     # Members are dictionary keys in the hottest loop; the identity hash is 3 times faster than
@@ -42,8 +44,7 @@ class Phase(enum.StrEnum):
     __hash__ = object.__hash__
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One allocation (``nbytes`` > 0) or release (``nbytes`` < 0).
 
     Attributes:
