@@ -28,7 +28,7 @@ ROUND_LARGE = 2 * 1024**2
 MIN_BLOCK = 512
 
 
-class OutOfMemory(Exception):  # noqa: N818 - a result, not a fault
+class OutOfMemory(Exception):
     """The limit does not hold the job, even with every free segment given back."""
 
 
@@ -250,7 +250,9 @@ def _in_order(timeline: Timeline) -> list[Request]:
     load = Section(tuple(static))
     if not state:
         return unroll(Timeline((load, *steps)))
-    walk = [Section(tuple(e for e in s.events if e.phase is not Phase.STEP), s.repeats) for s in steps]
+    walk = [
+        Section(tuple(e for e in s.events if e.phase is not Phase.STEP), s.repeats) for s in steps
+    ]
     update = [Section(tuple(e for e in s.events if e.phase is Phase.STEP)) for s in steps]
     first = unroll(Timeline((load, *walk, Section(tuple(state)), *update)))
     top = max(identity for identity, _ in first)

@@ -172,7 +172,7 @@ class ConfigReader:
         return self.number(key, default=default, low=0.0, high=1.0)
 
     def dtype(self) -> Dtype:
-        """dtype of the checkpoint; bf16 when the config does not say."""
+        """Dtype of the checkpoint; bf16 when the config does not say."""
         name = self.text("dtype", "torch_dtype", default="bfloat16")
         return {"float32": FP32, "float16": FP16, "bfloat16": BF16}.get(name, BF16)
 

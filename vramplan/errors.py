@@ -51,7 +51,9 @@ class UnknownNameError(UsageError):
         names = sorted(set(known))
         lowered = {n.lower(): n for n in names}
         near = [lowered[m] for m in difflib.get_close_matches(name.lower(), lowered, 3, 0.5)]
-        near += [n for n in names if name and name.lower() in n.lower() and n not in near][: 3 - len(near)]
+        near += [n for n in names if name and name.lower() in n.lower() and n not in near][
+            : 3 - len(near)
+        ]
         self.suggestions = tuple(near)
         text = f"unknown {what} {name!r}"
         if near:

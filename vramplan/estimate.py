@@ -87,9 +87,7 @@ def attention_of(family: Family, job: Job) -> str:
     return asked
 
 
-def estimate(
-    model: Model, job: Job, *, hopper: bool = True, cudnn: bool = True
-) -> Estimate:
+def estimate(model: Model, job: Job, *, hopper: bool = True, cudnn: bool = True) -> Estimate:
     """Predict the memory of one job.
 
     Args:
@@ -290,7 +288,9 @@ class Step:
         norms = Storage(t, BLOCK_BYTES * count, Kind.WORKSPACE, "clip_grad_norm")
         del norms
         optimizer = self.job.optimizer
-        temporaries = sum(optimizer.step_temporaries(p.numel, p.dtype) * p.copies for p in trainable)
+        temporaries = sum(
+            optimizer.step_temporaries(p.numel, p.dtype) * p.copies for p in trainable
+        )
         if temporaries:
             scratch = Storage(t, temporaries, Kind.WORKSPACE, "optimizer")
             del scratch

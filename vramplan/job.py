@@ -77,9 +77,7 @@ class Job:
         _between("--batch-size", self.batch_size, 1, MAX_BATCH)
         _between("--seq-len", self.seq_len, 1, MAX_SEQ_LEN)
         _between("--lora-r", self.lora_r, 1, MAX_RANK)
-        _between(
-            "--gradient-accumulation-steps", self.gradient_accumulation_steps, 1, MAX_STEPS
-        )
+        _between("--gradient-accumulation-steps", self.gradient_accumulation_steps, 1, MAX_STEPS)
         if not 0.0 <= self.lora_dropout < 1.0:  # also refuses NaN
             raise UsageError(f"--lora-dropout must be in [0, 1), not {self.lora_dropout}")
         if self.num_gpus != 1:
@@ -114,12 +112,12 @@ class Job:
 
     @property
     def weight_dtype(self) -> Dtype:
-        """dtype of the loaded (unquantised) weights."""
+        """Dtype of the loaded (unquantised) weights."""
         return find_dtype(self.dtype)
 
     @property
     def autocast_dtype(self) -> Dtype | None:
-        """dtype of the autocast context, None without mixed precision."""
+        """Dtype of the autocast context, None without mixed precision."""
         return {"bf16": BF16, "fp16": FP16}.get(self.mixed_precision)
 
     @property
@@ -129,7 +127,7 @@ class Job:
 
     @property
     def adapter_dtype(self) -> Dtype:
-        """dtype of the adapters: peft makes half-precision ones fp32 (autocast_adapter_dtype)."""
+        """Dtype of the adapters: peft makes half-precision ones fp32 (autocast_adapter_dtype)."""
         return FP32
 
     def but(self, **changes: Any) -> Job:

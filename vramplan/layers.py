@@ -73,9 +73,7 @@ class Linear:
             return ops.matmul_8bit(t, x, rows, columns)
         dtype = x.dtype
         x = ops.to(t, x, self.compute)
-        return ops.to(
-            t, ops.matmul_4bit(t, x, rows, columns, self.dequantised, self.stored), dtype
-        )
+        return ops.to(t, ops.matmul_4bit(t, x, rows, columns, self.dequantised, self.stored), dtype)
 
     def _lora(self, t: Tape, x: Tensor, adapter: Adapter) -> Tensor:
         result = self._base(t, x)
@@ -212,7 +210,7 @@ class Built:
 
     @property
     def plain_dtype(self) -> Dtype:
-        """dtype of unquantised base parameters once the model is prepared."""
+        """Dtype of unquantised base parameters once the model is prepared."""
         if self.job.quantised and self.job.prepare_kbit:
             return FP32
         return self.job.weight_dtype
@@ -278,9 +276,7 @@ class Built:
         for _name, nbytes in fmt.parts(rows, columns, job.double_quant):
             self._hold(nbytes, Kind.WEIGHTS, owner, copies)
         bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
-        layer = Linear(
-            spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype
-        )
+        layer = Linear(spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype)
         if fmt.block:
             layer.dequantised = dequantised_bytes(job, rows, columns)
         return layer

@@ -303,7 +303,7 @@ def tanh(t: Tape, x: Tensor) -> Tensor:
 
 
 def gelu_new(t: Tape, x: Tensor) -> Tensor:
-    """transformers' NewGELUActivation, written out in Python there and here.
+    """Transformers' NewGELUActivation, written out in Python there and here.
 
     ``0.5 * x * (1.0 + tanh(c * (x + 0.044715 * pow(x, 3.0))))``; pow runs in fp32 under autocast.
     """
@@ -315,16 +315,14 @@ def gelu_new(t: Tape, x: Tensor) -> Tensor:
 
 
 def gelu_fast(t: Tape, x: Tensor) -> Tensor:
-    """transformers' FastGELUActivation, written out in Python there and here.
+    """Transformers' FastGELUActivation, written out in Python there and here.
 
     ``0.5 * x * (1.0 + tanh(x * c * (1.0 + 0.044715 * x * x)))``
     """
     return mul(
         t,
         scale(t, x),
-        add_scalar(
-            t, tanh(t, mul(t, scale(t, x), add_scalar(t, mul(t, scale(t, x), x))))
-        ),
+        add_scalar(t, tanh(t, mul(t, scale(t, x), add_scalar(t, mul(t, scale(t, x), x))))),
     )
 
 
@@ -483,9 +481,7 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return gx, gw, gb
 
 
-def batched_matmul(
-    t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch: int
-) -> Tensor:
+def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch: int) -> Tensor:
     """``torch.matmul`` of two [batch, heads, ...] activations.
 
     Batch and heads are folded into one dimension; operands whose memory order does not allow that
@@ -531,7 +527,7 @@ def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 def matmul_4bit(
     t: Tape, x: Tensor, rows: int, columns: int, dequantised: Sequence[int], stored: Dtype
 ) -> Tensor:
-    """bitsandbytes' ``MatMul4Bit`` on x [tokens, columns] in the compute dtype.
+    """Bitsandbytes' ``MatMul4Bit`` on x [tokens, columns] in the compute dtype.
 
     Args:
         t: The tape.
@@ -571,7 +567,7 @@ def _matmul_4bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 
 def matmul_8bit(t: Tape, x: Tensor, rows: int, columns: int) -> Tensor:
-    """bitsandbytes' ``MatMul8bitLt`` (LLM.int8) on x [tokens, columns] with a frozen weight.
+    """Bitsandbytes' ``MatMul8bitLt`` (LLM.int8) on x [tokens, columns] with a frozen weight.
 
     Source: bitsandbytes 0.50.2 ``autograd/_functions.py``; the outlier columns (threshold 6.0)
     depend on the data and are taken as none.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from vramplan.allocator import Replay
 from vramplan.calibration import Calibration, calibration_for
 from vramplan.estimate import Estimate, estimate
-from vramplan.gpus import Gpu
 from vramplan.job import Job
 from vramplan.model import LinearSpec, Model
 from vramplan.tape import round_block
 from vramplan.timeline import Kind, Peak
+
+if TYPE_CHECKING:
+    from vramplan.gpus import Gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +155,7 @@ def predict(
     cudnn = gpu is None or gpu.compute_capability[0] >= 9
     walked = estimate(model, job, hopper=hopper, cudnn=cudnn)
     calibration = calibration_for(gpu.slug if gpu else None)
-    process = calibration.process_bytes(
-        job.quantised or job.optimizer.library == "bitsandbytes"
-    )
+    process = calibration.process_bytes(job.quantised or job.optimizer.library == "bitsandbytes")
     if like is None:
         cache = ReplayedCache(Replay(walked.timeline), walked)
     else:

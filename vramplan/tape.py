@@ -128,7 +128,7 @@ class Frame:
         self.cursor = 0
 
 
-class StopRecomputation(Exception):  # noqa: N818 - control flow, as in torch
+class StopRecomputation(Exception):
     """Everything the backward needs has been recomputed."""
 
 
@@ -205,8 +205,7 @@ class Tape:
         """Write an allocation of ``nbytes`` (already rounded); returns the block's number."""
         self._next_block = block = self._next_block + 1
         self.live_bytes = live = self.live_bytes + nbytes * copies
-        if live > self.peak_bytes:
-            self.peak_bytes = live
+        self.peak_bytes = max(self.peak_bytes, live)
         self._events.append((block, nbytes, kind, owner, self.phase, copies))
         return block
 
@@ -491,9 +490,7 @@ class Tape:
     def _relabel(self, storage: Storage, kind: Kind, owner: str) -> None:
         """A block changes its purpose without moving."""
         phase = self.phase
-        self._events.append(
-            (storage.block, -storage.nbytes, storage.kind, storage.owner, phase, 1)
-        )
+        self._events.append((storage.block, -storage.nbytes, storage.kind, storage.owner, phase, 1))
         storage.kind = kind
         storage.owner = owner
         self._events.append((storage.block, storage.nbytes, kind, owner, phase, 1))
