@@ -199,8 +199,9 @@ class Replay:
             return False
         return True
 
-    def min_limit_bytes(self, resolution: int = LIMIT_RESOLUTION) -> int:
-        """Smallest limit at which the run succeeds, to within ``resolution`` bytes."""
+    def min_limit_bytes(self) -> int:
+        """Smallest limit at which the run succeeds, to within 32 MiB or half a percent."""
+        resolution = max(LIMIT_RESOLUTION, self.live_bytes // 200)
         low = self.live_bytes + self.small_bytes - resolution
         high = self.reserved_bytes()
         while high - low > resolution:

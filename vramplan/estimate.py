@@ -288,10 +288,14 @@ class Step:
         norms = Storage(t, BLOCK_BYTES * count, Kind.WORKSPACE, "clip_grad_norm")
         del norms
         optimizer = self.job.optimizer
-        temporaries = sum(
-            optimizer.step_temporaries(p.numel, p.dtype) * p.copies for p in trainable
-        )
-        if temporaries:
-            scratch = Storage(t, temporaries, Kind.WORKSPACE, "optimizer")
-            del scratch
-        t.zero_grad(trainable)
+        held: list[Storage] = []
+        if optimizer.loop_temporaries and trainable:
+            trainable = sorted(trainable, key=lambda p: -p.numel)[:1]
+        for param in trainable:
+            copies = 1 if optimizer.loop_temporaries else param.copies
+            held += [
+                Storage(t, nbytes, Kind.WORKSPACE, "optimizer", copies)
+                for nbytes in optimizer.step_temporaries(param.numel, param.dtype)
+            ]
+        held.clear()
+        t.zero_grad(self.built.trainable)

@@ -30,7 +30,10 @@ class Optimizer:
         library: "torch", "bitsandbytes" or "transformers".
         paged: Whether large states live in CUDA managed memory.
         step_on_device: Whether a one-element step counter per parameter sits on the device.
-        foreach_temporaries: Full-size temporaries (parameter dtype) of a multi-tensor step.
+        foreach_temporaries: Full-size temporaries (parameter dtype) of a multi-tensor step, held
+            for all parameters at once.
+        loop_temporaries: fp32 temporaries of a step that goes parameter by parameter; the largest
+            parameter decides. Of them two are copies made only of 16-bit parameters.
         factored: Adafactor: row and column statistics instead of full-size state.
     """
 
@@ -41,6 +44,7 @@ class Optimizer:
     paged: bool = False
     step_on_device: bool = False
     foreach_temporaries: int = 0
+    loop_temporaries: int = 0
     factored: bool = False
 
     def state_parts(
@@ -78,9 +82,16 @@ class Optimizer:
             return (256 * 4,) * 2
         return ()
 
-    def step_temporaries(self, numel: int, dtype: Dtype) -> int:
-        """Bytes of temporaries that a multi-tensor step holds for one parameter."""
-        return self.foreach_temporaries * round_block(numel * dtype.size)
+    def step_temporaries(self, numel: int, dtype: Dtype) -> list[int]:
+        """Bytes of the temporaries of one parameter's step.
+
+        They live until the step ends for ``foreach_temporaries``, until the next parameter for
+        ``loop_temporaries``.
+        """
+        if self.loop_temporaries:
+            count = self.loop_temporaries - (2 if dtype is FP32 else 0)
+            return [round_block(numel * 4)] * count
+        return [round_block(numel * dtype.size)] * self.foreach_temporaries
 
 
 def _bnb(name: str, states: int, bits: int, *, paged: bool = False) -> Optimizer:
@@ -95,7 +106,8 @@ OPTIMIZERS = {
         Optimizer("sgd", 0),
         Optimizer("adagrad", 1, foreach_temporaries=1),
         Optimizer("rmsprop", 1, foreach_temporaries=1),
-        Optimizer("adafactor", 0, library="transformers", factored=True),
+        # grad and parameter in fp32, grad² and either grad² + eps, the new update or its negative
+        Optimizer("adafactor", 0, library="transformers", factored=True, loop_temporaries=4),
         _bnb("adamw_8bit", 2, 8),
         _bnb("adamw_bnb_8bit", 2, 8),
         _bnb("paged_adamw_8bit", 2, 8, paged=True),
@@ -122,6 +134,3 @@ def find_optimizer(name: str) -> Optimizer:
         return OPTIMIZERS[name]
     except KeyError:
         raise UnknownNameError("optimizer", name, OPTIMIZERS) from None
-
-
-__all__ = ["FP32", "OPTIMIZERS", "Optimizer", "find_optimizer"]

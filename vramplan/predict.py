@@ -68,8 +68,9 @@ class Prediction:
 
     @property
     def device_peak_bytes(self) -> int:
-        """What the driver shows for the process on a roomy card."""
-        return self.peak_reserved_bytes + self.process_bytes
+        """What the driver shows for the process on a roomy card, paged state included."""
+        managed = self.calibration.managed_bytes(self.paged_bytes)
+        return self.peak_reserved_bytes + self.process_bytes + managed
 
     @property
     def paged_bytes(self) -> int:
@@ -155,7 +156,6 @@ def predict(
     cudnn = gpu is None or gpu.compute_capability[0] >= 9
     walked = estimate(model, job, hopper=hopper, cudnn=cudnn)
     calibration = calibration_for(gpu.slug if gpu else None)
-    process = calibration.process_bytes(job.quantised or job.optimizer.library == "bitsandbytes")
     if like is None:
         cache = ReplayedCache(Replay(walked.timeline), walked)
     else:
@@ -166,7 +166,7 @@ def predict(
         estimate=walked,
         calibration=calibration,
         cache=cache,
-        process_bytes=process,
+        process_bytes=calibration.overhead_bytes,
         load_peak_bytes=load_peak(model, job, walked),
         download_bytes=model.num_parameters * model.dims.dtype.size,
         adapter_bytes=_saved_bytes(model, job, walked),

@@ -278,7 +278,9 @@ def run(spec: dict[str, Any], record: dict[str, Any]) -> None:
     gauge = Gauge()
     record["gpu"] = gauge.identity()
     record["context_bytes"] = gauge.device_used()
-    device = torch.device("cuda", torch.cuda.current_device()) if gauge.cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if gauge.cuda else torch.device("cpu")
+    )
     record["phase"] = "load"
     model = build_model(spec["config"], job, device)
     gc.collect()

@@ -1,0 +1,312 @@
+"""What would make a job fit, and what there is room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from vramplan.errors import UsageError
+from vramplan.job import Job
+from vramplan.model import Model
+from vramplan.predict import Prediction, Verdict, judge, predict
+
+if TYPE_CHECKING:
+    from vramplan.gpus import Gpu
+
+SEQ_STEP = 128
+MAX_BATCH = 1024
+MAX_RANK = 1024
+MAX_CHANGES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One change to a job.
+
+    Attributes:
+        change: The options to change, as typed.
+        why: What it does, in words.
+        kind: ``largest`` (room for), ``switch`` (the price of one switch) or ``fix`` (makes it
+            fit).
+        device_peak_bytes: What the changed job would take on a roomy card.
+        verdict: Verdict on the card asked about.
+    """
+
+    change: str
+    why: str
+    kind: str
+    device_peak_bytes: int
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A change that can be tried: fields to replace and how to say it."""
+
+    change: str
+    why: str
+    fields: tuple[tuple[str, object], ...]
+
+
+class Adviser:
+    """Answers for one job on one card; remembers what it has already worked out.
+
+    Args:
+        model: The model.
+        job: The job asked about.
+        headline: Its prediction; the variants take the allocator's share from it.
+        name: How the card was named.
+        usable_bytes: What the card offers.
+        gpu: The card, None for a plain memory size.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        job: Job,
+        headline: Prediction,
+        name: str,
+        usable_bytes: int,
+        gpu: Gpu | None,
+    ) -> None:
+        self.model = model
+        self.job = job
+        self.headline = headline
+        self.name = name
+        self.usable_bytes = usable_bytes
+        self.gpu = gpu
+        self._known: dict[Job, tuple[Prediction, Verdict]] = {}
+
+    def try_job(self, job: Job) -> tuple[Prediction, Verdict]:
+        """Prediction and verdict of a variant."""
+        if job not in self._known:
+            prediction = predict(self.model, job, self.gpu, like=self.headline)
+            self._known[job] = prediction, judge(prediction, self.name, self.usable_bytes)
+        return self._known[job]
+
+    def fits(self, job: Job) -> bool:
+        """Whether a variant fits unhurried."""
+        return self.try_job(job)[1].verdict == "fits"
+
+    # -- what there is room for ----------------------------------------------------------------
+
+    def largest(self) -> list[Advice]:
+        """The largest batch, sequence and rank that fit, everything else unchanged."""
+        job = self.job
+        found = [
+            self._largest("batch_size", "--batch-size", 1, MAX_BATCH, 1),
+            self._largest("seq_len", "--seq-len", SEQ_STEP, self._top_length(), SEQ_STEP),
+        ]
+        if job.method != "full":
+            found.append(self._largest("lora_r", "--lora-r", 8, MAX_RANK, 8))
+        return [advice for advice in found if advice is not None]
+
+    def _top_length(self) -> int:
+        return max(self.model.dims.max_positions // SEQ_STEP * SEQ_STEP, SEQ_STEP)
+
+    def _largest(self, field: str, option: str, low: int, top: int, step: int) -> Advice | None:
+        def variant(value: int) -> Job:
+            return self.job.but(**{field: value})
+
+        def peak(value: int) -> int:
+            return self.try_job(variant(value))[0].device_peak_bytes
+
+        value = search_largest(peak, self.usable_bytes, low, top, step)
+        if value is None:
+            return None
+        prediction, verdict = self.try_job(variant(value))
+        why = {
+            "batch_size": "largest batch",
+            "seq_len": "longest sequence",
+            "lora_r": "largest rank",
+        }
+        return Advice(
+            f"{option} {value}",
+            why[field] + " that fits",
+            "largest",
+            prediction.device_peak_bytes,
+            verdict.verdict,
+        )
+
+    # -- the price of each switch ----------------------------------------------------------------
+
+    def switches(self) -> list[Advice]:
+        """What each single switch costs or saves, cheapest result first."""
+        found = []
+        for switch in self._candidates():
+            tried = self._try(switch)
+            if tried is not None:
+                prediction, verdict = tried
+                found.append(
+                    Advice(
+                        switch.change,
+                        switch.why,
+                        "switch",
+                        prediction.device_peak_bytes,
+                        verdict.verdict,
+                    )
+                )
+        return sorted(found, key=lambda advice: advice.device_peak_bytes)
+
+    def _try(self, *switches: Switch) -> tuple[Prediction, Verdict] | None:
+        changes: dict[str, object] = {}
+        for switch in switches:
+            changes.update(switch.fields)
+        try:
+            return self.try_job(self.job.but(**changes))
+        except UsageError:  # the model does not have it
+            return None
+
+    def _candidates(self) -> Iterator[Switch]:
+        """Switches that change this job, the gentlest first."""
+        job = self.job
+        if not job.gradient_checkpointing:
+            yield Switch(
+                "--gradient-checkpointing",
+                "recompute activations",
+                (("gradient_checkpointing", True),),
+            )
+        if job.attn_implementation == "eager":
+            yield Switch(
+                "--attn-implementation sdpa",
+                "no score matrix",
+                (("attn_implementation", "sdpa"),),
+            )
+        if job.method == "full" and job.optimizer_name != "adamw_8bit":
+            yield Switch("--optim adamw_8bit", "8-bit optimizer state", (("optim", "adamw_8bit"),))
+        if job.method != "full" and not job.optimizer.paged:
+            yield Switch(
+                "--optim paged_adamw_8bit",
+                "paged 8-bit optimizer state",
+                (("optim", "paged_adamw_8bit"),),
+            )
+        if job.quantised and not job.double_quant:
+            yield Switch("--double-quant", "quantise the scales too", (("double_quant", True),))
+        if job.batch_size > 1:
+            half = max(1, job.batch_size // 2)
+            steps = job.gradient_accumulation_steps * job.batch_size // half
+            yield Switch(
+                f"--batch-size {half} --gradient-accumulation-steps {steps}",
+                "half the batch, accumulated",
+                (("batch_size", half), ("gradient_accumulation_steps", steps)),
+            )
+        if job.seq_len >= 2 * SEQ_STEP:
+            yield Switch(
+                f"--seq-len {job.seq_len // 2}",
+                "half the sequence",
+                (("seq_len", job.seq_len // 2),),
+            )
+        if job.quantised and job.prepare_kbit:
+            yield Switch(
+                "--no-prepare-kbit",
+                "unquantised layers stay in 16 bit",
+                (("prepare_kbit", False),),
+            )
+        if job.method == "full":
+            yield Switch("--method lora", "train adapters only", (("method", "lora"),))
+        if job.method != "qlora":
+            yield Switch("--method qlora", "4-bit weights", (("method", "qlora"), ("optim", None)))
+        if job.gradient_checkpointing:
+            yield Switch(
+                "--no-gradient-checkpointing",
+                "faster, keeps all activations",
+                (("gradient_checkpointing", False),),
+            )
+
+    # -- what makes it fit -----------------------------------------------------------------------
+
+    def fixes(self) -> list[Advice]:
+        """The smallest single change that makes it fit, or else the smallest combination."""
+        savers = [
+            switch
+            for switch in self._candidates()
+            if (tried := self._try(switch)) is not None
+            and tried[0].device_peak_bytes < self.headline.device_peak_bytes
+        ]
+        for count in range(1, MAX_CHANGES + 1):
+            found = []
+            for chosen in combinations(savers, count):
+                tried = self._try(*chosen)
+                if tried is not None and tried[1].verdict == "fits":
+                    found.append(
+                        Advice(
+                            " ".join(switch.change for switch in chosen),
+                            ", ".join(switch.why for switch in chosen),
+                            "fix",
+                            tried[0].device_peak_bytes,
+                            "fits",
+                        )
+                    )
+            if found:
+                # the least saving that suffices is the smallest change
+                return sorted(found, key=lambda advice: -advice.device_peak_bytes)[:3]
+        return []
+
+
+def search_largest(
+    peak: Callable[[int], int], limit: int, low: int, top: int, step: int
+) -> int | None:
+    """The largest multiple of ``step`` in [low, top] whose peak is within ``limit``.
+
+    Memory grows with every one of these numbers, nearly linearly, so the secant through the two
+    ends of the bracket finds the place in a few steps where halving would take ten.
+
+    Args:
+        peak: Bytes at a value; must not fall as the value grows.
+        limit: Bytes there are.
+        low: Smallest value.
+        top: Largest value.
+        step: Distance between values.
+
+    Returns:
+        The value, or None if even the smallest does not fit.
+    """
+    low_peak = peak(low)
+    if low_peak > limit:
+        return None
+    high, high_peak = min(top, low + 4 * step), 0
+    while True:  # bracket: grow until it does not fit
+        high_peak = peak(high)
+        if high_peak > limit:
+            break
+        low, low_peak = high, high_peak
+        if high >= top:
+            return top
+        high = min(top, high * 4)
+    while high - low > step:
+        share = (limit - low_peak) / (high_peak - low_peak)
+        middle = low + max(step, int((high - low) * share) // step * step)
+        middle = min(middle, high - step)
+        middle_peak = peak(middle)
+        if middle_peak <= limit:
+            low, low_peak = middle, middle_peak
+            following = peak(low + step)  # the secant is nearly exact: look one further
+            if following > limit:
+                return low
+            low, low_peak = low + step, following
+        else:
+            high, high_peak = middle, middle_peak
+    return low
+
+
+def least_number_of_cards(prediction: Prediction, usable_bytes: int) -> int | None:
+    """Least cards of that size if all model, gradient and optimizer state were sharded evenly.
+
+    Every card still needs its own process, activations and logits. A lower bound: communication
+    buffers and gathered layers come on top.
+
+    Returns:
+        The number, or None if even the unsharded part does not fit one card.
+    """
+    parts = prediction.breakdown()
+    sharded = sum(
+        parts.get(kind, 0)
+        for kind in parts
+        if kind.value in ("weights", "adapters", "gradients", "optimizer")
+    )
+    sharded += prediction.paged_bytes
+    own = prediction.peak_allocated_bytes + prediction.paged_bytes - sharded
+    room = usable_bytes - prediction.process_bytes - own
+    return None if room <= 0 else -(-sharded // room)

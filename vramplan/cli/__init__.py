@@ -1,0 +1,61 @@
+"""The command line: one file a command, one place that prints (``output``)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+import typer
+
+from vramplan.errors import VramplanError
+
+app = typer.Typer(
+    name="vramplan",
+    help="Will it fit? Plan the memory of full, LoRA and QLoRA fine-tuning before renting anything.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from vramplan import __version__  # noqa: PLC0415
+
+        print(f"vramplan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    """Options of vramplan itself."""
+
+
+def main() -> None:
+    """Entry point: every error of ours is one line on stderr and exit code 2."""
+    gc.disable()  # a short process that makes many small objects and no garbage cycles
+    from vramplan.cli import catalogues, estimate, fit  # noqa: F401, PLC0415 - registers commands
+
+    try:
+        app()
+    except VramplanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("VRAMPLAN_DEBUG"):
+            raise
+        print(
+            f"error: vramplan failed in a way it should not ({type(error).__name__}: {error}); "
+            "please report it, with the output of the same command under VRAMPLAN_DEBUG=1",
+            file=sys.stderr,
+        )
+        sys.exit(2)

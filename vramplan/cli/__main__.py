@@ -1,0 +1,5 @@
+"""``python -m vramplan.cli``."""
+
+from vramplan.cli import main
+
+main()

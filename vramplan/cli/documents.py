@@ -1,0 +1,91 @@
+"""The JSON documents of ``fit --json`` and ``estimate --json``: additions allowed, no renames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from vramplan.advice import Advice
+from vramplan.estimate import attention_of
+from vramplan.families import find_family
+from vramplan.job import Job
+from vramplan.model import Model
+from vramplan.predict import Prediction, Verdict
+
+SCHEMA_VERSION = 1
+
+
+def job_document(model: Model, job: Job) -> dict[str, Any]:
+    """The job with its defaults resolved."""
+    return asdict(job) | {
+        "optim": job.optimizer_name,
+        "attn_implementation": attention_of(find_family(model.family), job),
+    }
+
+
+def model_document(model: Model) -> dict[str, Any]:
+    """What the model is."""
+    dims = model.dims
+    return {
+        "name": model.name,
+        "family": model.family,
+        "num_parameters": model.num_parameters,
+        "repository": model.repository,
+        "revision": model.revision,
+        "num_hidden_layers": dims.num_layers,
+        "hidden_size": dims.hidden_size,
+        "vocab_size": dims.vocab_size,
+        "max_position_embeddings": dims.max_positions,
+    }
+
+
+def prediction_document(prediction: Prediction) -> dict[str, Any]:
+    """Every number, in bytes; null is "not known"."""
+    calibration = prediction.calibration
+    return {
+        "witness": "estimate",
+        "ready_bytes": prediction.ready_bytes,
+        "peak_allocated_bytes": prediction.peak_allocated_bytes,
+        "peak_reserved_bytes": prediction.peak_reserved_bytes,
+        "min_limit_bytes": prediction.min_limit_bytes,
+        "context_bytes": prediction.context_bytes,
+        "process_bytes": prediction.process_bytes,
+        "device_peak_bytes": prediction.device_peak_bytes,
+        "paged_bytes": prediction.paged_bytes,
+        "load_peak_bytes": prediction.load_peak_bytes,
+        "host_ram_bytes": prediction.host_ram_bytes,
+        "disk_bytes": prediction.disk_bytes,
+        "peak_phase": prediction.peak().phase.value,
+        "breakdown": {kind.value: size for kind, size in prediction.breakdown().items()},
+        "step_time_s": None,
+        "tokens_per_s": None,
+        "num_trainable": prediction.estimate.num_trainable,
+        "flops_per_step": prediction.estimate.flops,
+        "calibration": calibration.name,
+        "calibration_borrowed": calibration.borrowed,
+        "bounds": {
+            "peak_reserved_bytes": "allocator replay",
+            "min_limit_bytes": "allocator replay under a limit",
+            "load_peak_bytes": "bound",
+            "host_ram_bytes": "bound",
+        },
+    }
+
+
+def document(
+    model: Model,
+    job: Job,
+    prediction: Prediction,
+    verdicts: Sequence[Verdict] = (),
+    advice: Sequence[Advice] = (),
+) -> dict[str, Any]:
+    """The whole document."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "job": job_document(model, job),
+        "model": model_document(model),
+        "prediction": prediction_document(prediction),
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "advice": [asdict(item) for item in advice],
+    }

@@ -1,0 +1,101 @@
+"""``vramplan estimate``: the numbers of one job."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vramplan.catalogue import find_model
+from vramplan.cli import app, output
+from vramplan.cli import options as o
+from vramplan.predict import Prediction, job_for, predict
+from vramplan.units import format_bytes, format_count
+
+
+@app.command()
+def estimate(
+    model: o.ModelArgument,
+    gpu: Annotated[
+        str | None, typer.Option(help="Card whose constants to use.", show_default=False)
+    ] = None,
+    method: o.Method = "qlora",
+    batch_size: o.BatchSize = 1,
+    seq_len: o.SeqLen = 1024,
+    gradient_accumulation_steps: o.Accumulation = 1,
+    gradient_checkpointing: o.Checkpointing = True,
+    optim: o.Optim = None,
+    lora_r: o.LoraR = 16,
+    lora_dropout: o.LoraDropout = 0.0,
+    target_modules: o.TargetModules = "all-linear",
+    modules_to_save: o.ModulesToSave = "",
+    attn_implementation: o.Attention = None,
+    dtype: o.DtypeName = "bf16",
+    mixed_precision: o.MixedPrecision = "bf16",
+    quant_type: o.QuantType = "nf4",
+    double_quant: o.DoubleQuant = True,
+    prepare_kbit: o.PrepareKbit = True,
+    num_gpus: o.NumGpus = 1,
+    as_json: o.JsonOption = False,
+    explain: o.ExplainOption = False,
+) -> None:
+    """The numbers of one job: memory by kind, host RAM and disk."""
+    job = o.make_job(
+        target_modules, modules_to_save, method=method, batch_size=batch_size, seq_len=seq_len,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        gradient_checkpointing=gradient_checkpointing, optim=optim, lora_r=lora_r,
+        lora_dropout=lora_dropout, attn_implementation=attn_implementation, dtype=dtype,
+        mixed_precision=mixed_precision, quant_type=quant_type, double_quant=double_quant,
+        prepare_kbit=prepare_kbit, num_gpus=num_gpus,
+    )  # fmt: skip
+    found = find_model(model)
+    o.check_length(found, job)
+    card = None
+    if gpu is not None:
+        from vramplan.gpus import find_gpu  # noqa: PLC0415 - the catalogue takes a while to read
+
+        card = find_gpu(gpu)
+    job = job_for(job, card)
+    prediction = predict(found, job, card)
+    if as_json:
+        from vramplan.cli.documents import document  # noqa: PLC0415
+
+        output.print_json(document(found, job, prediction))
+        return
+    print_numbers(prediction)
+    if explain:
+        from vramplan.cli.explain import print_explanation  # noqa: PLC0415
+
+        print_explanation(output.console(), prediction)
+
+
+def print_numbers(prediction: Prediction) -> None:
+    """A table of every number, then the peak by kind."""
+    out = output.console()
+    job, model = prediction.job, prediction.model
+    out.print(
+        f"{model.name} ({format_count(model.num_parameters)} parameters), {job.method}, "
+        f"batch {job.batch_size} x {job.seq_len} tokens"
+    )
+    out.print()
+    table = output.plain_table(("number", "left"), ("bytes", "right"), ("what it is", "left"))
+    for name, size, what in (
+        ("ready", prediction.ready_bytes, "allocated when training starts"),
+        ("peak allocated", prediction.peak_allocated_bytes, "torch max_memory_allocated"),
+        ("peak reserved", prediction.peak_reserved_bytes, "torch max_memory_reserved, roomy card"),
+        ("device peak", prediction.device_peak_bytes, "the process in nvidia-smi, roomy card"),
+        ("smallest limit", prediction.min_limit_bytes, "reserved bytes it can be held to"),
+        ("load peak", prediction.load_peak_bytes, "while loading and preparing (bound)"),
+        ("paged", prediction.paged_bytes, "optimizer state that can leave the card"),
+        ("host RAM", prediction.host_ram_bytes, "of the process, paged state evicted (bound)"),
+        ("download", prediction.download_bytes, "the checkpoint on disk"),
+        ("saved weights", prediction.adapter_bytes, "per checkpoint saved"),
+        ("saved optimizer", prediction.optimizer_file_bytes, "per checkpoint saved"),
+    ):
+        table.add_row(name, format_bytes(size), what)
+    out.print(table)
+    out.print()
+    peak = prediction.peak()
+    out.print(f"At the peak ({peak.phase.value} of {peak.owner}):")
+    parts = {kind.value: size for kind, size in prediction.breakdown().items()}
+    output.print_parts(out, parts, prediction.peak_allocated_bytes, "peak allocated")

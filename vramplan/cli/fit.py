@@ -1,0 +1,328 @@
+"""``vramplan fit``: will it fit, where the bytes go, and what would help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vramplan.advice import Advice, Adviser, least_number_of_cards
+from vramplan.catalogue import find_model
+from vramplan.cli import app, output
+from vramplan.cli import options as o
+from vramplan.errors import UsageError
+from vramplan.job import Job
+from vramplan.model import Model
+from vramplan.predict import Prediction, Verdict, job_for, judge, predict
+from vramplan.units import format_bytes, format_count, parse_size
+
+if TYPE_CHECKING:
+    from vramplan.gpus import Gpu
+
+METHOD_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the job is judged against: a card of the catalogue or a plain size."""
+
+    name: str
+    usable_bytes: int | None
+    gpu: Gpu | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The verdict on one card."""
+
+    card: Card
+    job: Job
+    prediction: Prediction
+    verdict: Verdict | None
+
+
+@app.command()
+def fit(
+    model: o.ModelArgument,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help="A card (see `vramplan gpus`), repeatable, or all.", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="A plain memory size instead, such as 12GiB.", show_default=False),
+    ] = None,
+    method: o.Method = "qlora",
+    batch_size: o.BatchSize = 1,
+    seq_len: o.SeqLen = 1024,
+    gradient_accumulation_steps: o.Accumulation = 1,
+    gradient_checkpointing: o.Checkpointing = True,
+    optim: o.Optim = None,
+    lora_r: o.LoraR = 16,
+    lora_dropout: o.LoraDropout = 0.0,
+    target_modules: o.TargetModules = "all-linear",
+    modules_to_save: o.ModulesToSave = "",
+    attn_implementation: o.Attention = None,
+    dtype: o.DtypeName = "bf16",
+    mixed_precision: o.MixedPrecision = "bf16",
+    quant_type: o.QuantType = "nf4",
+    double_quant: o.DoubleQuant = True,
+    prepare_kbit: o.PrepareKbit = True,
+    num_gpus: o.NumGpus = 1,
+    as_json: o.JsonOption = False,
+    explain: o.ExplainOption = False,
+) -> None:
+    """Will the job fit? Exit code 0: yes, on a card at least; 1: on none; 2: could not answer."""
+    job = o.make_job(
+        target_modules, modules_to_save, method=method, batch_size=batch_size, seq_len=seq_len,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        gradient_checkpointing=gradient_checkpointing, optim=optim, lora_r=lora_r,
+        lora_dropout=lora_dropout, attn_implementation=attn_implementation, dtype=dtype,
+        mixed_precision=mixed_precision, quant_type=quant_type, double_quant=double_quant,
+        prepare_kbit=prepare_kbit, num_gpus=num_gpus,
+    )  # fmt: skip
+    cards = find_cards(gpu or [], memory)
+    found = find_model(model)
+    o.check_length(found, job)
+    answers = answer_all(found, job, cards)
+    judged = [a for a in answers if a.verdict is not None]
+    if not judged:
+        note = answers[0].card.gpu.memory_note if answers[0].card.gpu else ""
+        raise UsageError(
+            f"the memory of {answers[0].card.name} is not known ({note}); use --memory"
+        )
+    best = max(judged, key=lambda a: (a.verdict is not None and a.verdict.headroom_bytes))
+    adviser = make_adviser(found, best)
+    if as_json:
+        from vramplan.cli.documents import document  # noqa: PLC0415
+
+        advice = advise(adviser, best)
+        output.print_json(
+            document(
+                found, best.job, best.prediction, [a.verdict for a in judged if a.verdict], advice
+            )
+        )
+    elif len(answers) > 1:
+        print_cards(found, answers)
+    else:
+        print_answer(found, best, adviser)
+        if explain:
+            from vramplan.cli.explain import print_explanation  # noqa: PLC0415
+
+            print_explanation(output.console(), best.prediction)
+    if all(a.verdict is not None and a.verdict.verdict == "no" for a in judged):
+        raise typer.Exit(1)
+
+
+def find_cards(names: list[str], memory: str | None) -> list[Card]:
+    """The cards asked about.
+
+    Raises:
+        UsageError: If none is named or a name is unknown.
+    """
+    cards = []
+    if memory is not None:
+        size = parse_size(memory)
+        cards.append(Card(format_bytes(size), size, None))
+    if names:
+        from vramplan.gpus import find_gpu, load_gpus  # noqa: PLC0415 - only where a card is named
+
+        chosen = list(load_gpus().values()) if "all" in names else [find_gpu(n) for n in names]
+        cards += [Card(gpu.slug, gpu.memory_bytes, gpu) for gpu in dict.fromkeys(chosen)]
+    if not cards:
+        raise UsageError("name a card with --gpu (see `vramplan gpus`) or a size with --memory")
+    return cards
+
+
+def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
+    """Judge the job on every card; cards that would run it alike share one prediction."""
+    shared: dict[tuple[Job, bool, bool, str], Prediction] = {}
+    answers = []
+    for card in cards:
+        own = job_for(job, card.gpu)
+        capability = card.gpu.compute_capability if card.gpu else (9, 0)
+        slug = card.name if card.name == "h100-sxm-80gb" else ""
+        key = (own, capability[0] == 9, capability[0] >= 9, slug)
+        if key not in shared:
+            shared[key] = predict(model, own, card.gpu)
+        prediction = shared[key]
+        verdict = None
+        if card.usable_bytes is not None:
+            verdict = judge(prediction, card.name, card.usable_bytes)
+        answers.append(Answer(card, own, prediction, verdict))
+    return answers
+
+
+def make_adviser(model: Model, answer: Answer) -> Adviser:
+    """An adviser for one answer."""
+    assert answer.card.usable_bytes is not None
+    return Adviser(
+        model,
+        answer.job,
+        answer.prediction,
+        answer.card.name,
+        answer.card.usable_bytes,
+        answer.card.gpu,
+    )
+
+
+def advise(adviser: Adviser, answer: Answer) -> list[Advice]:
+    """All advice for one answer."""
+    assert answer.verdict is not None
+    found = adviser.switches()
+    if answer.verdict.verdict == "fits":
+        return adviser.largest() + found
+    return adviser.fixes() + found
+
+
+# -- for people ----------------------------------------------------------------------------------
+
+
+def headline(model: Model, answer: Answer) -> Text:
+    """The answer in one line."""
+    prediction, verdict, card = answer.prediction, answer.verdict, answer.card
+    assert verdict is not None
+    what = f"{METHOD_NAMES[answer.job.method]} of {model.name}"
+    usable = format_bytes(verdict.usable_bytes)
+    takes = format_bytes(prediction.device_peak_bytes)
+    least = format_bytes(prediction.min_limit_bytes + prediction.process_bytes)
+    name = card.gpu.name if card.gpu else "a card with this memory"
+    if verdict.verdict == "fits":
+        spare = format_bytes(verdict.headroom_bytes)
+        text = f"Yes: {what} fits {name}: {takes} of {usable}, {spare} to spare."
+    elif verdict.verdict == "tight":
+        text = (
+            f"Tight: {what} runs on {name}, but not at ease: it would take {takes} and can be held "
+            f"to {least} of {usable}. Expect allocator retries and slower steps."
+        )
+    else:
+        text = f"No: {what} does not fit {name}: it needs at least {least} of {usable}."
+    return Text(text, style=f"bold {output.VERDICT_STYLES[verdict.verdict]}")
+
+
+def print_answer(model: Model, answer: Answer, adviser: Adviser) -> None:
+    """The whole answer for one card."""
+    out = output.console()
+    prediction, verdict, job = answer.prediction, answer.verdict, answer.job
+    assert verdict is not None
+    out.print(headline(model, answer))
+    out.print(
+        f"Batch {job.batch_size} x {job.seq_len} tokens, {job.optimizer_name}"
+        + (", gradient checkpointing" if job.gradient_checkpointing else ", no checkpointing")
+        + (f", r={job.lora_r}" if job.method != "full" else "")
+    )
+    out.print()
+    out.print(Text("Where the bytes go at the peak", style="bold"))
+    parts = {kind.value: size for kind, size in prediction.breakdown().items()}
+    idle = prediction.peak_reserved_bytes - prediction.peak_allocated_bytes
+    if idle:
+        parts["cached, reusable"] = idle
+    parts["CUDA context, kernels"] = prediction.process_bytes
+    managed = prediction.device_peak_bytes - sum(parts.values())
+    if managed:
+        parts["paged optimizer"] = managed
+    output.print_parts(out, parts, verdict.usable_bytes, answer.card.name)
+    out.print()
+    print_advice(out, adviser, answer)
+    print_assumptions(out, model, answer)
+
+
+def print_advice(out: Console, adviser: Adviser, answer: Answer) -> None:
+    """What there is room for, or what would make it fit."""
+    verdict = answer.verdict
+    assert verdict is not None
+    if verdict.verdict == "fits":
+        rows, title = adviser.largest(), "Room for (each alone, the rest unchanged)"
+    else:
+        rows, title = adviser.fixes(), "What would make it fit"
+    if rows:
+        print_rows(out, title, rows)
+    else:
+        out.print("No single change or combination of three makes it fit this card.")
+        count = least_number_of_cards(answer.prediction, verdict.usable_bytes)
+        if count is not None:
+            out.print(
+                f"Sharded over several such cards it would take at least {count} (a lower bound: "
+                "all state split evenly, no communication buffers)."
+            )
+        out.print()
+    switches = adviser.switches()
+    if switches:
+        print_rows(out, "The price of each switch alone", switches)
+
+
+def print_rows(out: Console, title: str, rows: list[Advice]) -> None:
+    """A table of advice."""
+    table = output.plain_table(
+        ("change", "left"), ("would take", "right"), ("verdict", "left"), ("", "left"), title=title
+    )
+    for row in rows:
+        table.add_row(
+            row.change,
+            format_bytes(row.device_peak_bytes),
+            output.verdict_text(row.verdict),
+            Text(row.why, style="dim"),
+        )
+    out.print(table)
+    out.print()
+
+
+def print_assumptions(out: Console, model: Model, answer: Answer) -> None:
+    """What the answer rests on."""
+    job, prediction, card = answer.job, answer.prediction, answer.card
+    calibration = prediction.calibration
+    lines = [
+        f"{model.name}: {format_count(model.num_parameters)} parameters; download "
+        f"{format_bytes(prediction.download_bytes)}, saved weights "
+        f"{format_bytes(prediction.adapter_bytes)}, host RAM about "
+        f"{format_bytes(prediction.host_ram_bytes)}."
+    ]
+    if calibration.borrowed:
+        lines.append(
+            f"CUDA context and kernels are assumed from {calibration.name}; this card's may be up "
+            f"to {format_bytes(calibration.doubt_bytes)} smaller."
+        )
+    if card.gpu is not None and not card.gpu.supports_bf16:
+        lines.append("This card has no bf16: planned in fp16 with a gradient scaler.")
+    if job.method == "full" and job.dtype != "fp32":
+        lines.append(
+            f"Weights and Adam states in {job.dtype}, as from_pretrained and torch's AdamW do; "
+            "--dtype fp32 plans the classic mixed-precision recipe."
+        )
+    lines.append(
+        "Random full-length sequences, stock Trainer; nothing else on the card. A desktop takes "
+        "some hundred MiB more."
+    )
+    for line in lines:
+        out.print(Text(line, style="dim"))
+
+
+def print_cards(model: Model, answers: list[Answer]) -> None:
+    """One row per card."""
+    out = output.console()
+    job = answers[0].job
+    out.print(f"{METHOD_NAMES[job.method]} of {model.name}, batch {job.batch_size} x {job.seq_len}")
+    out.print()
+    table = output.plain_table(
+        ("card", "left"), ("usable", "right"), ("takes", "right"), ("verdict", "left"),
+        ("to spare", "right"),
+    )  # fmt: skip
+    order = {"fits": 0, "tight": 1, "no": 2}
+    for answer in sorted(
+        answers,
+        key=lambda a: (
+            (order[a.verdict.verdict], a.card.usable_bytes or 0) if a.verdict else (3, 0)
+        ),
+    ):
+        verdict = answer.verdict
+        table.add_row(
+            answer.card.name,
+            format_bytes(answer.card.usable_bytes),
+            format_bytes(answer.prediction.device_peak_bytes),
+            output.verdict_text(verdict.verdict if verdict else "unknown"),
+            format_bytes(verdict.headroom_bytes) if verdict else "",
+        )
+    out.print(table)

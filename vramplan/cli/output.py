@@ -1,0 +1,66 @@
+"""The one place that prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vramplan.units import format_bytes
+
+MIN_WIDTH = 40
+PIPED_WIDTH = 100
+VERDICT_STYLES = {"fits": "green", "tight": "yellow", "no": "red", "unknown": "dim"}
+
+
+def console() -> Console:
+    """Standard output: the terminal's width, or a fixed one when piped."""
+    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+        width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, 120))
+    else:
+        width = PIPED_WIDTH
+    return Console(width=width, highlight=False, emoji=False, markup=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One document and nothing else."""
+    print(json.dumps(document, indent=2))
+
+
+def plain_table(*columns: tuple[str, str], title: str | None = None) -> Table:
+    """A quiet table; columns are (heading, justification)."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for heading, justify in columns:
+        table.add_column(heading, justify=justify, header_style="bold", overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def verdict_text(verdict: str) -> Text:
+    """A verdict in its colour; the word says it without colour too."""
+    return Text(verdict, style=VERDICT_STYLES[verdict])
+
+
+def bar(share: float, width: int) -> str:
+    """A horizontal bar of ``width`` cells for a share of the whole."""
+    cells = max(0.0, min(share, 1.0)) * width
+    full = int(cells)
+    eighths = int((cells - full) * 8)
+    return "█" * full + (" ▏▎▍▌▋▊▉"[eighths] if eighths else "")
+
+
+def print_parts(out: Console, parts: dict[str, int], whole: int, whole_name: str) -> None:
+    """A bar per part against the whole."""
+    table = plain_table(("", "left"), ("", "right"), ("", "right"), ("", "left"))
+    table.show_header = False
+    width = max(8, min(40, out.width - 46))
+    for name, size in sorted(parts.items(), key=lambda item: -item[1]):
+        share = size / whole
+        table.add_row(name.replace("_", " "), format_bytes(size), f"{share:.1%}", bar(share, width))
+    out.print(table)
+    out.print(Text(f"100% = {whole_name}, {format_bytes(whole)}", style="dim"))
