@@ -15,7 +15,7 @@ from vramplan.predict import Prediction, Verdict, judge, predict
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
 
-SEQ_STEP = 128
+SEQ_STEP = 64
 MAX_BATCH = 1024
 MAX_RANK = 1024
 MAX_CHANGES = 3
@@ -77,7 +77,8 @@ class Adviser:
         self.name = name
         self.usable_bytes = usable_bytes
         self.gpu = gpu
-        self._known: dict[Job, tuple[Prediction, Verdict]] = {}
+        own = judge(headline, name, usable_bytes)
+        self._known: dict[Job, tuple[Prediction, Verdict]] = {job: (headline, own)}
 
     def try_job(self, job: Job) -> tuple[Prediction, Verdict]:
         """Prediction and verdict of a variant."""
@@ -93,38 +94,41 @@ class Adviser:
     # -- what there is room for ----------------------------------------------------------------
 
     def largest(self) -> list[Advice]:
-        """The largest batch, sequence and rank that fit, everything else unchanged."""
+        """The largest batch, sequence and rank that fit, everything else unchanged.
+
+        Only for a job that fits as it is.
+        """
         job = self.job
+        top = self.model.dims.max_positions
         found = [
-            self._largest("batch_size", "--batch-size", 1, MAX_BATCH, 1),
-            self._largest("seq_len", "--seq-len", SEQ_STEP, self._top_length(), SEQ_STEP),
+            self._largest("batch_size", "--batch-size", "largest batch", MAX_BATCH, 1),
+            self._largest("seq_len", "--seq-len", "longest sequence", top, SEQ_STEP),
         ]
         if job.method != "full":
-            found.append(self._largest("lora_r", "--lora-r", 8, MAX_RANK, 8))
-        return [advice for advice in found if advice is not None]
+            found.append(self._largest("lora_r", "--lora-r", "largest rank", MAX_RANK, 8))
+        return found
 
-    def _top_length(self) -> int:
-        return max(self.model.dims.max_positions // SEQ_STEP * SEQ_STEP, SEQ_STEP)
+    def _largest(self, field: str, option: str, what: str, top: int, step: int) -> Advice:
+        start = getattr(self.job, field)
 
-    def _largest(self, field: str, option: str, low: int, top: int, step: int) -> Advice | None:
         def variant(value: int) -> Job:
             return self.job.but(**{field: value})
 
         def peak(value: int) -> int:
             return self.try_job(variant(value))[0].device_peak_bytes
 
-        value = search_largest(peak, self.usable_bytes, low, top, step)
-        if value is None:
-            return None
+        walked = self.headline.estimate
+        if field == "lora_r":
+            growing = 8 * walked.num_trainable  # fp32 adapters and their gradients
+        else:
+            growing = walked.peak_allocated_bytes - walked.static_bytes
+        value = search_largest(
+            peak, self.usable_bytes, start, max(top, start), step, growing / start
+        )
         prediction, verdict = self.try_job(variant(value))
-        why = {
-            "batch_size": "largest batch",
-            "seq_len": "longest sequence",
-            "lora_r": "largest rank",
-        }
         return Advice(
             f"{option} {value}",
-            why[field] + " that fits",
+            f"{what} that fits",
             "largest",
             prediction.device_peak_bytes,
             verdict.verdict,
@@ -246,48 +250,38 @@ class Adviser:
 
 
 def search_largest(
-    peak: Callable[[int], int], limit: int, low: int, top: int, step: int
-) -> int | None:
-    """The largest multiple of ``step`` in [low, top] whose peak is within ``limit``.
+    peak: Callable[[int], int], limit: int, start: int, top: int, step: int, slope: float
+) -> int:
+    """The largest value, ``start`` plus a multiple of ``step``, whose peak is within ``limit``.
 
-    Memory grows with every one of these numbers, nearly linearly, so the secant through the two
-    ends of the bracket finds the place in a few steps where halving would take ten.
+    Memory grows with every one of these numbers, nearly linearly, so lines through known points
+    find the place in a few steps where halving would take ten.
 
     Args:
         peak: Bytes at a value; must not fall as the value grows.
         limit: Bytes there are.
-        low: Smallest value.
+        start: A value that fits.
         top: Largest value.
         step: Distance between values.
+        slope: First guess of the bytes per unit.
 
     Returns:
-        The value, or None if even the smallest does not fit.
+        The value.
     """
-    low_peak = peak(low)
-    if low_peak > limit:
-        return None
-    high, high_peak = min(top, low + 4 * step), 0
-    while True:  # bracket: grow until it does not fit
-        high_peak = peak(high)
-        if high_peak > limit:
-            break
-        low, low_peak = high, high_peak
-        if high >= top:
-            return top
-        high = min(top, high * 4)
+    low, low_peak = start, peak(start)
+    high, high_peak = top + step, 0  # the first value known not to fit; peak 0: not tried
     while high - low > step:
-        share = (limit - low_peak) / (high_peak - low_peak)
-        middle = low + max(step, int((high - low) * share) // step * step)
-        middle = min(middle, high - step)
-        middle_peak = peak(middle)
-        if middle_peak <= limit:
-            low, low_peak = middle, middle_peak
-            following = peak(low + step)  # the secant is nearly exact: look one further
-            if following > limit:
-                return low
-            low, low_peak = low + step, following
+        reach = (limit - low_peak) / max(slope, 1.0)
+        guess = low + max(step, int(min(reach, float(high))) // step * step)
+        guess = min(guess, low + (high - low - 1) // step * step)
+        guess_peak = peak(guess)
+        if guess_peak <= limit:
+            slope = (guess_peak - low_peak) / (guess - low)
+            low, low_peak = guess, guess_peak
         else:
-            high, high_peak = middle, middle_peak
+            high, high_peak = guess, guess_peak
+        if high_peak:
+            slope = (high_peak - low_peak) / (high - low)
     return low
 
 

@@ -60,4 +60,6 @@ class UnknownNameError(UsageError):
             text += "; did you mean " + " or ".join(near) + "?"
         elif len(names) <= 12:
             text += "; known: " + ", ".join(names)
-        super().__init__(f"{text} {hint}".strip())
+        if hint:
+            text += f" {hint}" if text.endswith("?") else f". {hint}"
+        super().__init__(text)

@@ -12,7 +12,7 @@ from vramplan.errors import UnknownNameError
 from vramplan.resources import profiles_dir
 
 TERA = 10**12
-NOISE = ("nvidia", "geforce", "tesla", "gpu", "graphics")
+NOISE = ("nvidia", "geforce", "tesla", "graphics", "gpu", "rtx", "gtx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,16 @@ class Gpu:
         slug: Name for ``--gpu``.
         name: Marketing name.
         aliases: Other names people and nvidia-smi use.
-        memory_bytes: Total memory as the driver reports it; None where no source says.
-        memory_note: Why it is unknown.
-        memory_source: Where the total comes from.
+        memory_bytes: Total memory as the driver reports it, in bytes; None where no source says.
+        memory_note: Why it is unknown; None where it is known.
+        memory_source: Where the total comes from, and under which settings (ECC).
         box_gb: Gigabytes printed on the box.
-        bandwidth_bytes_per_s: Memory bandwidth.
-        bf16_flops_per_s: Dense rate with fp32 accumulation; None without such units.
+        bandwidth_bytes_per_s: Memory bandwidth, in bytes per second.
+        bf16_flops_per_s: Dense rate with fp32 accumulation, in operations per second; None without
+            such units or without a source.
         fp16_flops_per_s: As above.
         tf32_flops_per_s: As above.
-        fp32_flops_per_s: Rate outside the tensor cores.
+        fp32_flops_per_s: Rate outside the tensor cores, in operations per second.
         compute_capability: (major, minor).
         architecture: "ampere", "hopper", ...
         source: Where the rates come from.
@@ -61,7 +62,14 @@ class Gpu:
 
 @cache
 def load_gpus() -> Mapping[str, Gpu]:
-    """All cards by slug."""
+    """Read the catalogue, once a process.
+
+    Returns:
+        Every card by its slug, in the order of the file.
+
+    Source:
+        ``profiles/gpus.toml``, which names a source for each card.
+    """
     with (profiles_dir() / "gpus.toml").open("rb") as file:
         rows = tomllib.load(file)["gpu"]
     return {row["slug"]: _gpu(row) for row in rows}
@@ -95,23 +103,45 @@ def _gpu(row: Mapping[str, Any]) -> Gpu:
 
 
 def plain(name: str) -> str:
-    """A name without case, punctuation and the words that say nothing."""
-    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    return "".join(word for word in words if word not in NOISE)
+    """A name without case, punctuation and the words that say nothing.
+
+    Args:
+        name: Any spelling, "NVIDIA GeForce RTX 3060" or "rtx3060".
+
+    Returns:
+        What tells cards apart: "3060".
+    """
+    text = "".join(c for c in name.lower() if c.isalnum())
+    for word in NOISE:
+        text = text.replace(word, "")
+    return text
+
+
+@cache
+def _by_name() -> Mapping[str, Gpu]:
+    """Every card by the plain form of each of its names."""
+    return {
+        plain(name): gpu
+        for gpu in load_gpus().values()
+        for name in (gpu.slug, gpu.name, *gpu.aliases)
+    }
 
 
 def find_gpu(name: str) -> Gpu:
     """The card of that name.
 
     Args:
-        name: A slug, an alias or nvidia-smi's product name; case and punctuation do not matter.
+        name: A slug, an alias or nvidia-smi's product name; case, spaces and punctuation do not
+            matter, nor do the words NVIDIA, GeForce, RTX and the like.
+
+    Returns:
+        The card. A name shared by two sizes gives the one sold most.
 
     Raises:
-        UnknownNameError: If no card is called so.
+        UnknownNameError: If no card is called so; it names the nearest.
     """
-    gpus = load_gpus()
-    wanted = plain(name)
-    for gpu in gpus.values():
-        if wanted in map(plain, (gpu.slug, gpu.name, *gpu.aliases)):
-            return gpu
-    raise UnknownNameError("GPU", name, gpus, "Or give its memory: --memory 12GiB.")
+    gpu = _by_name().get(plain(name))
+    if gpu is None:
+        known = [n for g in load_gpus().values() for n in (g.slug, *g.aliases)]
+        raise UnknownNameError("GPU", name, known, "Or give its memory: --memory 12GiB.")
+    return gpu

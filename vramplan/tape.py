@@ -190,7 +190,7 @@ class Tape:
         self._seq = 0
         self._frame: Frame | None = None
         self._refilling: Frame | None = None
-        self._cast_cache: dict[int, tuple[Param, Tensor]] = {}
+        self._cast_cache: dict[int, tuple[Param, Tensor, int]] = {}
         self._in_autocast = False
         self._ready: list[tuple[int, int, Node]] = []
 
@@ -377,15 +377,17 @@ class Tape:
     def cache_cast(self, param: Param, cast: Tensor) -> None:
         """Keep a weight's low-precision copy until the autocast context ends."""
         if self._in_autocast:
-            self._cast_cache[id(param)] = (param, cast)
+            self._cast_cache[id(param)] = (param, cast, len(self._sections))
 
     def _drop_casts(self) -> None:
         cache, self._cast_cache = self._cast_cache, {}
-        for param, cast in cache.values():
+        for param, cast, section in cache.values():
             storage = cast.storage
             assert storage is not None
-            # cache, local, argument: nobody else keeps the copy, so
-            # the copies of the folded layers go now too
+            if section == len(self._sections):  # goes in the stretch that made it
+                continue
+            # cache, local, argument: nobody else keeps the copy, so the copies of the folded
+            # layers go now too
             if _getrefcount(cast) <= 3 and _getrefcount(storage) <= 3:
                 storage.copies = param.copies
 

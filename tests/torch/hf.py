@@ -64,7 +64,12 @@ def quantise(model: torch.nn.Module, job: Job) -> None:
             bnb_4bit_compute_dtype=DTYPES[job.compute_dtype.name],
         )
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    quantizer._process_model_before_weight_loading(model, device_map=None)
+    # from_pretrained replaces modules while the default dtype is the model's
+    torch.set_default_dtype(DTYPES[job.dtype])
+    try:
+        quantizer._process_model_before_weight_loading(model, device_map=None)
+    finally:
+        torch.set_default_dtype(torch.float32)
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if type(weight).__name__ in ("Params4bit", "Int8Params"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 
@@ -37,11 +38,20 @@ def _root(
     """Options of vramplan itself."""
 
 
+COMMANDS = {"fit": "fit", "estimate": "estimate", "gpus": "catalogues", "models": "catalogues"}
+
+
+def _register(named: list[str]) -> None:
+    """Import the command asked for, or all of them for help and completion."""
+    wanted = {COMMANDS[name] for name in named if name in COMMANDS} or set(COMMANDS.values())
+    for module in sorted(wanted):
+        importlib.import_module(f"vramplan.cli.{module}")
+
+
 def main() -> None:
     """Entry point: every error of ours is one line on stderr and exit code 2."""
     gc.disable()  # a short process that makes many small objects and no garbage cycles
-    from vramplan.cli import catalogues, estimate, fit  # noqa: F401, PLC0415 - registers commands
-
+    _register(sys.argv[1:2])
     try:
         app()
     except VramplanError as error:

@@ -188,12 +188,13 @@ def headline(model: Model, answer: Answer) -> Text:
     what = f"{METHOD_NAMES[answer.job.method]} of {model.name}"
     usable = format_bytes(verdict.usable_bytes)
     takes = format_bytes(prediction.device_peak_bytes)
-    least = format_bytes(prediction.min_limit_bytes + prediction.process_bytes)
     name = card.gpu.name if card.gpu else "a card with this memory"
     if verdict.verdict == "fits":
         spare = format_bytes(verdict.headroom_bytes)
         text = f"Yes: {what} fits {name}: {takes} of {usable}, {spare} to spare."
-    elif verdict.verdict == "tight":
+        return Text(text, style="bold green")
+    least = format_bytes(prediction.min_limit_bytes + prediction.process_bytes)
+    if verdict.verdict == "tight":
         text = (
             f"Tight: {what} runs on {name}, but not at ease: it would take {takes} and can be held "
             f"to {least} of {usable}. Expect allocator retries and slower steps."
@@ -241,14 +242,14 @@ def print_advice(out: Console, adviser: Adviser, answer: Answer) -> None:
     if rows:
         print_rows(out, title, rows)
     else:
-        out.print("No single change or combination of three makes it fit this card.")
+        out.print("No single change or combination of three makes it fit this card.\n")
+    if verdict.verdict == "no":
         count = least_number_of_cards(answer.prediction, verdict.usable_bytes)
-        if count is not None:
+        if count is not None and count > 1:
             out.print(
-                f"Sharded over several such cards it would take at least {count} (a lower bound: "
-                "all state split evenly, no communication buffers)."
+                f"As it is, sharded: at least {count} such cards (a lower bound: all state split "
+                "evenly, no communication buffers).\n"
             )
-        out.print()
     switches = adviser.switches()
     if switches:
         print_rows(out, "The price of each switch alone", switches)

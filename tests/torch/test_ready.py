@@ -1,0 +1,42 @@
+"""``ready_bytes`` to the byte against transformers + peft + bitsandbytes on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+from hf import build, held_bytes
+
+from vramplan.catalogue import find_model, model_slugs
+from vramplan.estimate import estimate
+from vramplan.job import Job
+
+JOBS = {
+    "full": Job(method="full"),
+    "lora": Job(method="lora"),
+    "qlora": Job(),
+    "qlora-unprepared": Job(prepare_kbit=False),
+}
+SMALL = ("gpt-j-6b", "pythia-410m", "tinyllama-1.1b", "mistral-7b", "qwen2.5-0.5b")
+VARIANTS = {
+    "int8": Job(quant_type="int8"),
+    "fp4": Job(quant_type="fp4", double_quant=False),
+    "fp32": Job(method="lora", dtype="fp32"),
+    "rank": Job(method="lora", lora_r=7),
+    "saved-head": Job(method="lora", modules_to_save=("lm_head",)),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("slug", model_slugs())
+def test_every_shipped_model(slug: str, name: str) -> None:
+    model = find_model(slug)
+    assert estimate(model, JOBS[name]).ready_bytes == held_bytes(
+        build(dict(model.config), JOBS[name])
+    )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("slug", SMALL)
+def test_variants(slug: str, name: str) -> None:
+    model = find_model(slug)
+    job = VARIANTS[name]
+    assert estimate(model, job).ready_bytes == held_bytes(build(dict(model.config), job))
