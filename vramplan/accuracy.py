@@ -9,7 +9,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
-from vramplan.predict import Prediction, predict
+from vramplan.prediction import Prediction, predict
 from vramplan.resources import profiles_dir
 from vramplan.units import MIB
 
@@ -43,7 +43,7 @@ class Row:
         value = self.record.get(measured)
         if not value:
             return None
-        return float(getattr(self.prediction, predicted)) / value - 1.0
+        return float(getattr(self.prediction, predicted)) / float(value) - 1.0
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -65,18 +65,6 @@ def read_record(path: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def job_of(record: dict[str, Any]) -> Job:
-    """The job a record was made with."""
-    known = {field.name for field in fields(Job)}
-    return Job(
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in record["job"].items()
-            if key in known
-        }
-    )
-
-
 def rows(folder: Path) -> list[Row]:
     """Every record of a calibration folder with its prediction, by name."""
     gpu = find_gpu(folder.name)
@@ -84,7 +72,7 @@ def rows(folder: Path) -> list[Row]:
     for path in sorted((folder / "runs").glob("*.json")):
         record = read_record(path)
         model = model_from_config(record["config"], record["model"])
-        found.append(Row(record["name"], record, predict(model, job_of(record), gpu)))
+        found.append(Row(record["name"], record, predict(model, Job.from_dict(record["job"]), gpu)))
     return found
 
 
@@ -154,8 +142,9 @@ def report(folder: Path) -> str:
             f"# Accuracy on {record['gpu']['name']}",
             "",
             f"Stock `transformers.Trainer`, random weights; driver {record['gpu']['driver']}, "
-            f"{versions}. Made by `python -m vramplan.accuracy`; the runs by `{record['command']}`.",
-            "These runs were looked at while the block programs were written; they are not held out.",
+            f"{versions}. Made by `python -m vramplan.accuracy`; the runs by "
+            f"`{record['command']}`. They were looked at while the block programs were written: "
+            "none of them is held out.",
             "",
             *summary(found),
             "",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vramplan.errors import UsageError
 from vramplan.job import Job
 from vramplan.model import Model
-from vramplan.predict import Prediction, Verdict, judge, predict
+from vramplan.prediction import Prediction, Verdict, judge, predict
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu

@@ -238,7 +238,7 @@ def _peak(timeline: Timeline) -> int:
 
 
 def _in_order(timeline: Timeline) -> list[Request]:
-    """The requests as a run makes them: load, a first step, the optimizer's state, a second step."""
+    """The requests as a run makes them: load, a first step, optimizer state, a second step."""
     static: list[Event] = []
     state: list[Event] = []
     steps: list[Section] = []

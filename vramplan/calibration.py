@@ -27,6 +27,7 @@ class Calibration:
             training steps: context, kernels, library handles.
         managed_step_bytes: Managed memory (paged optimizer state) takes device memory in steps of
             this size while nothing evicts it.
+        driver_reserved_bytes: Part of the driver's total that no process can have.
         host_bytes: Resident host memory of the training process, weights not counted.
         doubt_bytes: How far another card's constants may be off.
         borrowed: Whether it was measured on another card than the one asked for.
@@ -37,6 +38,7 @@ class Calibration:
     context_bytes: int
     overhead_bytes: int
     managed_step_bytes: int
+    driver_reserved_bytes: int
     host_bytes: int
     doubt_bytes: int
     borrowed: bool = False
@@ -71,6 +73,7 @@ def calibration_for(slug: str | None) -> Calibration:
         context_bytes=constants["context_bytes"],
         overhead_bytes=constants["overhead_bytes"],
         managed_step_bytes=constants["managed_step_bytes"],
+        driver_reserved_bytes=constants["driver_reserved_bytes"],
         host_bytes=constants["host_bytes"],
         doubt_bytes=constants["doubt_bytes"],
         borrowed=own is None,

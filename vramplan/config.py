@@ -36,7 +36,7 @@ def load_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise ConfigError(
-                f"{path} has {size:,} bytes; a config.json has a few thousand. Is it the right file?"
+                f"{path} has {size:,} bytes, a config.json a few thousand. Is it the right file?"
             )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

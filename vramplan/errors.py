@@ -34,7 +34,7 @@ class EnvironmentProblem(VramplanError):
 
 
 class RecordError(VramplanError):
-    """A file we wrote earlier cannot be read, is newer than this version, or would be overwritten."""
+    """A file of ours cannot be read, is newer than this version, or would be overwritten."""
 
 
 class UnknownNameError(UsageError):

@@ -20,8 +20,9 @@ from vramplan.formats import FP32, INT64
 from vramplan.job import Job
 from vramplan.layers import Built
 from vramplan.model import Model
-from vramplan.tape import BLOCK_BYTES, Storage, Tape, Tensor, round_block
+from vramplan.tape import Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
+from vramplan.units import BLOCK_BYTES, round_block
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8

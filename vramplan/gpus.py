@@ -135,7 +135,7 @@ def find_gpu(name: str) -> Gpu:
             matter, nor do the words NVIDIA, GeForce, RTX and the like.
 
     Returns:
-        The card. A name shared by two sizes gives the one sold most.
+        The card. A name shared by two sizes gives the more common one.
 
     Raises:
         UnknownNameError: If no card is called so; it names the nearest.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vramplan.errors import UnknownNameError, UsageError
@@ -87,6 +88,21 @@ class Job:
         if self.method == "full" and self.modules_to_save:
             raise UsageError("--modules-to-save belongs to lora and qlora; full trains everything")
         find_optimizer(self.optimizer_name)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Job:
+        """A job from its JSON form; lists become tuples, unknown keys are left out.
+
+        Raises:
+            UsageError: If a value is out of range or unknown.
+        """
+        known = {field.name for field in fields(cls)}
+        own: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in values.items()
+            if key in known
+        }
+        return cls(**own)
 
     @property
     def optimizer_name(self) -> str:

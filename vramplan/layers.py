@@ -25,8 +25,9 @@ from vramplan.model import (
     ModuleSpec,
     NormSpec,
 )
-from vramplan.tape import Param, Storage, Tape, Tensor, round_block
+from vramplan.tape import Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind
+from vramplan.units import round_block
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class Linear:
     adapter: Adapter | None = None
 
     def __call__(self, t: Tape, x: Tensor) -> Tensor:
+        """Run the layer on x [tokens, in_features]."""
         outer, t.owner = t.owner, self.owner
         if self.adapter is None:
             out = self._base(t, x)
@@ -283,10 +285,7 @@ class Built:
 
     def _layer(self, arch: Architecture, runs: list[int], index: int) -> Layer:
         copies = runs[index]
-        if copies > 1:
-            position = "*"
-        else:
-            position = str(sum(runs[:index]))
+        position = "*" if copies > 1 else str(sum(runs[:index]))
         prefix = f"{arch.layer_prefix}.{position}."
         layer = Layer()
         for spec in arch.block:

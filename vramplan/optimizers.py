@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vramplan.errors import UnknownNameError
 from vramplan.formats import FP32, Dtype
-from vramplan.tape import round_block
+from vramplan.units import round_block
 
 PAGED_MIN_NUMEL = 100_000
 MIN_8BIT_NUMEL = 4096

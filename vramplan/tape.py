@@ -4,9 +4,9 @@ A block program (``vramplan/families``) runs on these tensors as the modelling c
 ones. A tensor here is a number of elements and a dtype over a storage; when the last reference to a
 storage goes, its release is written to the timeline, exactly as reference counting frees CUDA
 memory. Operations (``vramplan/ops.py``) build an autograd graph of nodes that hold what PyTorch's
-nodes hold; ``Tape.backward`` executes it in the order and with the buffer rules of PyTorch's engine.
-Non-reentrant checkpointing is modelled by its own mechanism: saved tensors become holders, filled by
-running the block again when the first of them is needed.
+nodes hold; ``Tape.run_backward`` executes it in the order and with the buffer rules of PyTorch's
+engine. Non-reentrant checkpointing is modelled by its own mechanism: saved tensors become holders,
+filled by running the block again when the first of them is needed.
 
 Source: torch 2.11 ``csrc/autograd/engine.cpp`` (order, ``InputBuffer::accumulate``),
 ``csrc/autograd/functions/accumulate_grad.h`` (stealing a gradient), ``aten/src/ATen/
@@ -28,15 +28,10 @@ from typing import Any
 
 from vramplan.formats import Dtype
 from vramplan.timeline import Event, Kind, Phase, Section, Timeline
+from vramplan.units import round_block
 
 RawEvent = tuple[int, int, Kind, str, Phase, int]  # an Event's fields; cheaper to write
-BLOCK_BYTES = 512  # c10::CachingAllocator::kMinBlockSize
 _getrefcount = sys.getrefcount
-
-
-def round_block(nbytes: int) -> int:
-    """Round a request up as the caching allocator does: to 512 bytes, at least one block."""
-    return (nbytes + 511) & -512 if nbytes > 0 else 0
 
 
 class Storage:
@@ -515,7 +510,6 @@ def _count_uses(root: Node) -> None:
             if edge is None:
                 continue
             edge.waiting += 1
-            if type(edge) is Node:
-                if id(edge) not in seen:
-                    seen.add(id(edge))
-                    stack.append(edge)
+            if type(edge) is Node and id(edge) not in seen:
+                seen.add(id(edge))
+                stack.append(edge)

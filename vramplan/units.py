@@ -17,7 +17,13 @@ for _power, _prefix in enumerate("KMGTP", start=1):
 _BY_LOWER = {unit.lower(): factor for unit, factor in _UNITS.items()}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", re.ASCII)
 
+BLOCK_BYTES = 512  # c10::CachingAllocator::kMinBlockSize
 MAX_BYTES = 1024**6  # an exbibyte: beyond it a size is a typing error
+
+
+def round_block(nbytes: int) -> int:
+    """Round a request up as the caching allocator does: to a multiple of 512 bytes."""
+    return (nbytes + 511) & -512 if nbytes > 0 else 0
 
 
 def parse_size(text: str) -> int:

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.accuracy import job_of, read_record
+from vramplan.accuracy import read_record
 from vramplan.allocator import CachingAllocator, OutOfMemory, unroll
 from vramplan.catalogue import find_model, model_from_config
 from vramplan.estimate import estimate
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
-from vramplan.predict import job_for, judge, predict
+from vramplan.prediction import job_for, judge, predict, usable_bytes
 from vramplan.resources import profiles_dir
 from vramplan.timeline import Kind
 
@@ -119,7 +119,7 @@ def test_recorded_runs(path: Path) -> None:
     """Peak allocated of a real run, within 0.5 %; its optimizer state to the byte of its blocks."""
     record = read_record(path)
     model = model_from_config(record["config"], record["model"])
-    prediction = predict(model, job_of(record), find_gpu("h100-sxm-80gb"))
+    prediction = predict(model, Job.from_dict(record["job"]), find_gpu("h100-sxm-80gb"))
     slack = 0.015 if record["model"] == "llama-33b" else 0.005  # unsplit blocks of the load
     assert prediction.peak_allocated_bytes == pytest.approx(
         record["peak_allocated_bytes"], rel=slack
@@ -161,9 +161,10 @@ def test_limits_that_were_tried() -> None:
 )
 def test_article_verdicts(model: str, gpu: str, job: Job, verdict: str) -> None:
     card = find_gpu(gpu)
-    assert card.memory_bytes is not None
+    usable = usable_bytes(card)
+    assert usable is not None
     prediction = predict(find_model(model), job_for(job, card), card)
-    assert judge(prediction, gpu, card.memory_bytes).verdict == verdict
+    assert judge(prediction, gpu, usable).verdict == verdict
 
 
 @pytest.mark.parametrize(

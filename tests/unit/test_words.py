@@ -104,7 +104,7 @@ def test_unknown_names_suggest_the_nearest() -> None:
 
 def test_targets_must_exist() -> None:
     model = model_from_config(LLAMA, "tiny")
-    with pytest.raises(UsageError, match="query_key_value.*q_proj"):
+    with pytest.raises(UsageError, match=r"query_key_value.*q_proj"):
         resolve_targets(model.architecture, Job(target_modules=("query_key_value",)))
     with pytest.raises(UsageError, match="modules-to-save"):
         resolve_targets(model.architecture, Job(modules_to_save=("nothing",)))
@@ -187,7 +187,7 @@ def test_unknown_model_suggests(monkeypatch) -> None:
 def test_offline_hub_id_says_what_to_do(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises((EnvironmentProblem, ConfigError), match="cache|hub"):
+    with pytest.raises((EnvironmentProblem, ConfigError), match=r"cache|hub"):
         find_model("nobody/nothing")
 
 

@@ -13,7 +13,7 @@ from vramplan.errors import VramplanError
 
 app = typer.Typer(
     name="vramplan",
-    help="Will it fit? Plan the memory of full, LoRA and QLoRA fine-tuning before renting anything.",
+    help="Will it fit? The memory of full, LoRA and QLoRA fine-tuning, before renting anything.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -11,7 +11,7 @@ from vramplan.estimate import attention_of
 from vramplan.families import find_family
 from vramplan.job import Job
 from vramplan.model import Model
-from vramplan.predict import Prediction, Verdict
+from vramplan.prediction import Prediction, Verdict
 
 SCHEMA_VERSION = 1
 

@@ -9,7 +9,7 @@ import typer
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
-from vramplan.predict import Prediction, job_for, predict
+from vramplan.prediction import Prediction, job_for, predict
 from vramplan.units import format_bytes, format_count
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vramplan.families import find_family
 from vramplan.model import LinearSpec
-from vramplan.predict import Prediction
+from vramplan.prediction import Prediction
 from vramplan.timeline import Kind
 from vramplan.units import format_bytes
 
@@ -45,14 +45,15 @@ def _formula(kind: Kind, prediction: Prediction) -> list[str]:
     if kind is Kind.WEIGHTS:
         if not job.quantised:
             return [
-                f"{model.num_parameters:,} parameters x {job.weight_dtype.size} bytes ({job.dtype}), "
-                "each tensor rounded up to 512 bytes"
+                f"{model.num_parameters:,} parameters x {job.weight_dtype.size} bytes "
+                f"({job.dtype}), each tensor rounded up to 512 bytes"
             ]
         plain = "fp32 after prepare_model_for_kbit_training" if job.prepare_kbit else job.dtype
         return [
             f"{weights:,} weights of {len(linears)} linear layers x {d.num_layers} in "
             f"{job.quant_type}, with their scales",
-            f"{model.num_parameters - weights:,} others (embedding, head, norms, biases) in {plain}",
+            f"{model.num_parameters - weights:,} others (embedding, head, norms, biases) in "
+            + plain,
             "source: bitsandbytes functional.py quantize_4bit; peft utils/other.py",
         ]
     texts = {
@@ -70,7 +71,7 @@ def _formula(kind: Kind, prediction: Prediction) -> list[str]:
             f"inputs of {d.num_layers} checkpointed layers, {tokens} x {d.hidden_size} each, and "
             "the layer being recomputed"
             if job.gradient_checkpointing
-            else f"what the operations of {d.num_layers} layers keep for backward at {tokens} tokens"
+            else f"what {d.num_layers} layers keep for backward at {tokens} tokens"
         ],
         Kind.LOGITS: [
             f"copies of {tokens} x {d.vocab_size} logits: fp32 log-probabilities and gradients in "

@@ -16,7 +16,7 @@ from vramplan.cli import options as o
 from vramplan.errors import UsageError
 from vramplan.job import Job
 from vramplan.model import Model
-from vramplan.predict import Prediction, Verdict, job_for, judge, predict
+from vramplan.prediction import Prediction, Verdict, job_for, judge, predict, usable_bytes
 from vramplan.units import format_bytes, format_count, parse_size
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def find_cards(names: list[str], memory: str | None) -> list[Card]:
         from vramplan.gpus import find_gpu, load_gpus  # noqa: PLC0415 - only where a card is named
 
         chosen = list(load_gpus().values()) if "all" in names else [find_gpu(n) for n in names]
-        cards += [Card(gpu.slug, gpu.memory_bytes, gpu) for gpu in dict.fromkeys(chosen)]
+        cards += [Card(gpu.slug, usable_bytes(gpu), gpu) for gpu in dict.fromkeys(chosen)]
     if not cards:
         raise UsageError("name a card with --gpu (see `vramplan gpus`) or a size with --memory")
     return cards

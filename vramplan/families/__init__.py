@@ -6,7 +6,7 @@ from vramplan.errors import UnknownNameError
 from vramplan.families import gpt_neox, gptj, llama, mistral, qwen2
 from vramplan.families.common import Family
 
-FAMILIES = {
+FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY for module in (gptj, gpt_neox, llama, mistral, qwen2)
 }
 

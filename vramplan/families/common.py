@@ -24,7 +24,7 @@ class Env:
     """What a block sees besides its input: shapes and the tensors shared by all layers.
 
     Attributes:
-        tokens: Tokens of a micro-batch, batch × length.
+        tokens: Tokens of a micro-batch, batch times length.
         cos: Rotary table [1, length, rotary_dim]; None where the model has none.
         mask: Attention mask tensor, None where the kernel masks by itself.
         cudnn: Whether sdpa runs cuDNN's kernel (compute capability 9.0 and above).

@@ -98,15 +98,15 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     k = ops.cat(t, (k_rot, k_pass))
     q = ops.cat(t, (q_rot, q_pass))
     if env.attention == "eager":
-        out, weights = eager(t, q, k, v, env)
-        out = ops.copy(t, out)  # _merge_heads
+        merged, weights = eager(t, q, k, v, env)
+        out = ops.copy(t, merged)  # _merge_heads
     else:
         out, weights = attend(t, q, k, v, env)
     out = m.linears["attn.out_proj"](t, out)
     return ops.dropout(t, out, d.residual_dropout), weights
 
 
-def eager(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> tuple[Tensor, Tensor]:
+def eager(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """GPTJAttention._attn: asks for fp32, autocast brings the products back to 16 bit."""
     d = env.dims
     size = d.num_heads * env.tokens * env.length

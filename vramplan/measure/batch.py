@@ -69,7 +69,7 @@ def run_all(runs_path: Path, folder: Path, budget_s: float) -> None:
 
 def start_server() -> subprocess.Popen[str]:
     """A process with the slow imports done, which forks one worker per run."""
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603 - our own module
         [sys.executable, "-m", "vramplan.measure.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

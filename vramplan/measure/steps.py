@@ -11,7 +11,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,6 @@ from vramplan.job import Job
 SCHEMA_VERSION = 1
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STACK_DEPTH = 14
-
-
-def read_job(values: dict[str, Any]) -> Job:
-    """A Job from its JSON form (lists become tuples)."""
-    known = {field.name for field in fields(Job)}
-    return Job(
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in values.items()
-            if key in known
-        }
-    )
 
 
 # -- the model -----------------------------------------------------------------------------------
@@ -126,7 +113,7 @@ def _materialise(module: Any, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def prepare(model: Any, job: Job) -> Any:
-    """peft's part: k-bit preparation and the adapters."""
+    """Peft's part: k-bit preparation and the adapters."""
     if job.method == "full":
         return model
     from peft import (  # noqa: PLC0415 - full fine-tuning does not need it
@@ -155,7 +142,7 @@ def prepare(model: Any, job: Job) -> Any:
     )
 
 
-class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):  # type: ignore[misc]
     """Sequences of random tokens, all of the same length, labels equal to inputs."""
 
     def __init__(self, count: int, length: int, vocab_size: int) -> None:
@@ -188,7 +175,7 @@ class Gauge:
                 self.handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
 
     def allocated(self) -> int | None:
-        """torch's memory_allocated, in bytes."""
+        """Torch's memory_allocated, in bytes."""
         return torch.cuda.memory_allocated() if self.cuda else None
 
     def device_used(self) -> int | None:
@@ -196,7 +183,7 @@ class Gauge:
         if not self.cuda:
             return None
         free, total = torch.cuda.mem_get_info()
-        return total - free
+        return int(total) - int(free)
 
     def identity(self) -> dict[str, Any]:
         """Name, driver, size and capability of the card."""
@@ -274,7 +261,7 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]
 
 def run(spec: dict[str, Any], record: dict[str, Any]) -> None:
     """Build, prepare and train; fills ``record`` as it goes."""
-    job = read_job(spec["job"])
+    job = Job.from_dict(spec["job"])
     gauge = Gauge()
     record["gpu"] = gauge.identity()
     record["context_bytes"] = gauge.device_used()

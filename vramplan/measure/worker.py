@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from vramplan import __version__
+from vramplan.job import Job
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -59,7 +60,7 @@ def main(spec_path: str, out_path: str) -> int:
     from vramplan.measure import steps  # noqa: PLC0415 - imports what would touch the GPU
 
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
-    job = steps.read_job(spec["job"])
+    job = Job.from_dict(spec["job"])
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": spec["name"],
@@ -88,7 +89,7 @@ def main(spec_path: str, out_path: str) -> int:
 
 def serve() -> None:
     """Fork one child per request; answer one line when it ended ("done" or "killed")."""
-    import transformers.models.auto.modeling_auto  # noqa: F401, PLC0415 - the slow part
+    import transformers.models.auto.modeling_auto  # noqa: PLC0415 - the slow part
     import transformers.quantizers  # noqa: F401, PLC0415
 
     assert not torch.cuda.is_initialized(), "a forked child could not use the GPU"

@@ -10,8 +10,8 @@ from vramplan.calibration import Calibration, calibration_for
 from vramplan.estimate import Estimate, estimate
 from vramplan.job import Job
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import round_block
 from vramplan.timeline import Kind, Peak
+from vramplan.units import round_block
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
@@ -110,7 +110,7 @@ class Verdict:
 
     Attributes:
         gpu: Slug or size asked for.
-        usable_bytes: What the driver reports.
+        usable_bytes: What a process can have of it.
         verdict: ``fits``, ``tight`` or ``no``.
         headroom_bytes: Usable minus what the job takes unhurried (minus its smallest need when it
             does not fit unhurried).
@@ -156,6 +156,7 @@ def predict(
     cudnn = gpu is None or gpu.compute_capability[0] >= 9
     walked = estimate(model, job, hopper=hopper, cudnn=cudnn)
     calibration = calibration_for(gpu.slug if gpu else None)
+    cache: ReplayedCache | SimilarCache
     if like is None:
         cache = ReplayedCache(Replay(walked.timeline), walked)
     else:
@@ -238,6 +239,13 @@ def _saved_bytes(model: Model, job: Job, walked: Estimate) -> int:
     if job.method == "full":
         return model.num_parameters * job.weight_dtype.size
     return walked.num_trainable * 4
+
+
+def usable_bytes(gpu: Gpu) -> int | None:
+    """What a process can have of a card nobody else uses, in bytes; None if not known."""
+    if gpu.memory_bytes is None:
+        return None
+    return gpu.memory_bytes - calibration_for(gpu.slug).driver_reserved_bytes
 
 
 def judge(prediction: Prediction, name: str, usable_bytes: int) -> Verdict:

@@ -1,0 +1,144 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCHEMA = {
+    "schema_version": int,
+    "job": dict,
+    "model": dict,
+    "prediction": dict,
+    "verdicts": list,
+    "advice": list,
+}
+PREDICTION = {
+    *("witness", "ready_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "min_limit_bytes"),
+    *("context_bytes", "device_peak_bytes", "paged_bytes", "load_peak_bytes", "host_ram_bytes"),
+    *("disk_bytes", "peak_phase", "breakdown", "step_time_s", "tokens_per_s", "calibration"),
+}
+
+
+def vramplan(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vramplan.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "start"),
+    [
+        (("gpt-j-6b", "--gpu", "rtx-3060-12gb"), 0, "Yes: QLoRA of gpt-j-6b fits"),
+        (("gpt-j-6b", "--gpu", "3060", "--batch-size", "4"), 0, "Tight: QLoRA of gpt-j-6b"),
+        (("gpt-j-6b", "--gpu", "3060", "--method", "full"), 1, "No: full fine-tuning of gpt-j-6b"),
+        (("llama-7b", "--gpu", "t4", "--gpu", "3090"), 0, "QLoRA of llama-7b"),
+        (("pythia-70m", "--memory", "100MiB"), 1, "No: QLoRA of pythia-70m"),
+    ],
+)
+def test_fit_answers_first(arguments: tuple[str, ...], code: int, start: str) -> None:
+    done = vramplan("fit", *arguments)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("fit", "gpt-j-6b"), "--gpu"),
+        (("fit", "gpt-j-6b", "--gpu", "rtx-3061-12gb"), "did you mean"),
+        (("fit", "gptj-6b", "--gpu", "3060"), "did you mean"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--optim", "adamw8bit"), "adamw_8bit"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--batch-size", "0"), "--batch-size"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--batch-size", "x"), "--batch-size"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--seq-len", "99999999999999999999"), "--seq-len"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--seq-len", "4096"), "positions"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--attn-implementation", "sdpa"), "eager"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--target-modules", "wq"), "q_proj"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--num-gpus", "8"), "one GPU"),
+        (("fit", "gpt-j-6b", "--memory", "lots"), "12GiB"),
+        (("fit", "/nonexistent/config.json", "--gpu", "3060"), "does not exist"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--nonsense"), "--nonsense"),
+        (("estimate", "gpt-j-6b", "--method", "half"), "qlora"),
+    ],
+)
+def test_mistakes_get_one_clear_error(arguments: tuple[str, ...], words: str) -> None:
+    done = vramplan(*arguments, COLUMNS="200", NO_COLOR="1")
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stdout == ""
+
+
+def test_sequence_beyond_the_positions_warns() -> None:
+    done = vramplan("fit", "llama-7b", "--gpu", "a100", "--seq-len", "4096")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: --seq-len 4096 is beyond the 2048 positions")
+
+
+@pytest.mark.parametrize("command", [("fit", "--gpu", "3060"), ("estimate",)])
+def test_json_contract(command: tuple[str, ...]) -> None:
+    done = vramplan(command[0], "gpt-j-6b", *command[1:], "--json")
+    document = json.loads(done.stdout)
+    assert {key: type(value) for key, value in document.items()} == SCHEMA
+    prediction = document["prediction"]
+    assert set(prediction) >= PREDICTION
+    assert sum(prediction["breakdown"].values()) == prediction["peak_allocated_bytes"]
+    assert prediction["step_time_s"] is None
+    assert document["job"]["optim"] == "paged_adamw_8bit"
+    if command[0] == "fit":
+        (verdict,) = document["verdicts"]
+        assert set(verdict) == {"gpu", "usable_bytes", "verdict", "headroom_bytes"}
+        assert {"change", "device_peak_bytes", "verdict"} <= set(document["advice"][0])
+
+
+def test_explain_sums_up() -> None:
+    done = vramplan("estimate", "gpt-j-6b", "--explain")
+    assert "Where each term comes from" in done.stdout
+    assert "= peak allocated" in done.stdout
+    assert "source:" in done.stdout
+
+
+@pytest.mark.parametrize("width", ["40", "60", "80", "120"])
+def test_narrow_terminals(width: str) -> None:
+    done = vramplan("fit", "gpt-j-6b", "--gpu", "3060", COLUMNS=width)
+    assert max(map(len, done.stdout.splitlines())) <= int(width)
+
+
+def test_no_colour_when_piped_or_asked() -> None:
+    assert "\x1b[" not in vramplan("fit", "gpt-j-6b", "--gpu", "3060").stdout
+
+
+def test_cards_without_bf16_say_so() -> None:
+    assert "no bf16: planned in fp16" in vramplan("fit", "gpt-j-6b", "--gpu", "t4").stdout
+
+
+@pytest.mark.parametrize("command", ["gpus", "models"])
+def test_catalogues(command: str) -> None:
+    document = json.loads(vramplan(command, "--json").stdout)
+    assert len(document[command]) >= 30
+    assert "a100" in vramplan("gpus", "a100").stdout
+
+
+def test_version() -> None:
+    assert vramplan("--version").stdout.startswith("vramplan 0.")
+
+
+def test_reader_that_goes_away() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m vramplan.cli models | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
