@@ -215,12 +215,14 @@ class Replay:
 
 def _split_pools(timeline: Timeline) -> tuple[Timeline, Timeline]:
     """The events of the large and of the small pool."""
-    pools: tuple[list[Section], list[Section]] = ([], [])
+    large, small = [], []
     for section in timeline.sections:
-        for pool, large in zip(pools, (True, False), strict=True):
-            events = tuple(e for e in section.events if (abs(e.nbytes) > SMALL_SIZE) is large)
-            pool.append(Section(events, section.repeats))
-    return Timeline(tuple(pools[0])), Timeline(tuple(pools[1]))
+        pools: tuple[list[Event], list[Event]] = ([], [])
+        for event in section.events:
+            pools[-SMALL_SIZE <= event.nbytes <= SMALL_SIZE].append(event)
+        large.append(Section(tuple(pools[0]), section.repeats))
+        small.append(Section(tuple(pools[1]), section.repeats))
+    return Timeline(tuple(large)), Timeline(tuple(small))
 
 
 def _peak(timeline: Timeline) -> int:
@@ -271,27 +273,29 @@ def unroll(timeline: Timeline) -> list[Request]:
     born: dict[int, list[int]] = {}  # block -> live identities, oldest first
     handed_on = _handed_on(timeline)
     requests: list[Request] = []
+    append = requests.append
     fresh = 0
     for index, section in enumerate(timeline.sections):
+        last = section.repeats - 1
         for repetition in range(section.repeats):
-            for event in section.events:
-                nbytes = event.nbytes
+            for block, nbytes, _kind, _owner, _phase, copies in section.events:
                 if nbytes > 0:
-                    live = born.setdefault(event.block, [])
-                    for _ in range(event.copies):
+                    live = born.setdefault(block, [])
+                    for _ in range(copies):
                         fresh += 1
                         live.append(fresh)
-                        requests.append((fresh, nbytes))
-                elif nbytes < 0:
-                    block, oldest = event.block, False
-                    if section.repeats > 1 and (index, block) in handed_on:
-                        twin, chained = handed_on[index, block]
-                        own = repetition == 0 if chained else repetition == section.repeats - 1
-                        if not own:
-                            block, oldest = twin, chained
+                        append((fresh, nbytes))
+                    continue
+                oldest = False
+                if last and (index, block) in handed_on:
+                    twin, oldest = handed_on[index, block]
+                    own = repetition == (0 if oldest else last)
+                    live = born[block if own else twin]
+                    oldest = oldest and not own
+                else:
                     live = born[block]
-                    for _ in range(min(event.copies, len(live))):
-                        requests.append((live.pop(0 if oldest else -1), nbytes))
+                for _ in range(min(copies, len(live))):
+                    append((live.pop(0 if oldest else -1), nbytes))
     return requests
 
 

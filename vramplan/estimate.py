@@ -1,8 +1,8 @@
 """The first witness: Job -> block program -> Timeline -> numbers, without torch.
 
 One steady training step of transformers' Trainer is walked on the tape: batch, forward, loss,
-backward and optimizer step. Identical layers are walked once: the first, one that stands for all
-inner ones, and the last.
+backward and optimizer step. Identical layers are walked once: the first, whose input may
+need no gradient, and one that stands for all others.
 
 Source: transformers 5.17.0 ``trainer.py`` (``training_step``), ``loss/loss_utils.py``; accelerate
 1.15.0 ``utils/operations.py`` (``convert_outputs_to_fp32``); torch 2.11.
@@ -65,10 +65,8 @@ class Estimate:
 
 
 def runs_of(num_layers: int) -> list[int]:
-    """How many identical layers each walked layer stands for: first, all inner ones, last."""
-    if num_layers <= 3:
-        return [1] * num_layers
-    return [1, num_layers - 2, 1]
+    """How many identical layers each walked layer stands for: the first alone, all others."""
+    return [1] if num_layers == 1 else [1, num_layers - 1]
 
 
 def attention_of(family: Family, job: Job) -> str:

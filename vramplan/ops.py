@@ -569,8 +569,11 @@ def _matmul_4bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 def matmul_8bit(t: Tape, x: Tensor, rows: int, columns: int) -> Tensor:
     """Bitsandbytes' ``MatMul8bitLt`` (LLM.int8) on x [tokens, columns] with a frozen weight.
 
-    Source: bitsandbytes 0.50.2 ``autograd/_functions.py``; the outlier columns (threshold 6.0)
-    depend on the data and are taken as none.
+    Source: bitsandbytes 0.50.2 ``autograd/_functions.py``.
+
+    Known limitations:
+        Outlier columns (threshold 6.0) depend on the data and are taken as none. The input kept on
+        ``ctx`` is released with its node, where the real one stays until the whole graph goes.
     """
     tokens = x.numel // columns
     half = None if x.dtype.name == "fp16" else t.scratch(x.numel * 2)

@@ -118,8 +118,12 @@ OPTIMIZERS = {
         _bnb("paged_lion_32bit", 1, 32, paged=True),
         _bnb("rmsprop_bnb", 1, 32),
         _bnb("rmsprop_bnb_8bit", 1, 8),
-        _bnb("ademamix", 2, 32),
-        _bnb("ademamix_8bit", 2, 8),
+        _bnb("rmsprop_bnb_32bit", 1, 32),
+        # AdEMAMix keeps two fast averages in one double state
+        _bnb("ademamix", 3, 32),
+        _bnb("ademamix_8bit", 3, 8),
+        _bnb("paged_ademamix_32bit", 3, 32, paged=True),
+        _bnb("paged_ademamix_8bit", 3, 8, paged=True),
     )
 }
 

@@ -45,10 +45,17 @@ class Storage:
         self.kind = kind
         self.owner = owner
         self.copies = copies
-        self.block = tape.allocate(nbytes, kind, owner, copies)
+        # written out here and in __del__: the innermost lines of every estimate
+        tape.num_blocks = self.block = tape.num_blocks + 1
+        tape.live_bytes = live = tape.live_bytes + nbytes * copies
+        if live > tape.peak_bytes:  # noqa: PLR1730 - max() would be a call
+            tape.peak_bytes = live
+        tape.events.append((self.block, nbytes, kind, owner, tape.phase, copies))
 
     def __del__(self) -> None:
-        self.tape.release(self)
+        tape, nbytes, copies = self.tape, self.nbytes, self.copies
+        tape.live_bytes -= nbytes * copies
+        tape.events.append((self.block, -nbytes, self.kind, self.owner, tape.phase, copies))
 
 
 class Tensor:
@@ -179,9 +186,9 @@ class Tape:
         self.peak_bytes = 0
         self.flops = 0
         self.moved_bytes = 0
-        self._events: list[RawEvent] = []
+        self.events: list[RawEvent] = []
         self._sections: list[tuple[list[RawEvent], int]] = []
-        self._next_block = 0
+        self.num_blocks = 0
         self._seq = 0
         self._frame: Frame | None = None
         self._refilling: Frame | None = None
@@ -195,28 +202,6 @@ class Tape:
         return self._seq
 
     # -- memory ---------------------------------------------------------------------------------
-
-    def allocate(self, nbytes: int, kind: Kind, owner: str, copies: int = 1) -> int:
-        """Write an allocation of ``nbytes`` (already rounded); returns the block's number."""
-        self._next_block = block = self._next_block + 1
-        self.live_bytes = live = self.live_bytes + nbytes * copies
-        self.peak_bytes = max(self.peak_bytes, live)
-        self._events.append((block, nbytes, kind, owner, self.phase, copies))
-        return block
-
-    def release(self, storage: Storage) -> None:
-        """Write the release of a storage."""
-        self.live_bytes -= storage.nbytes * storage.copies
-        self._events.append(
-            (
-                storage.block,
-                -storage.nbytes,
-                storage.kind,
-                storage.owner,
-                self.phase,
-                storage.copies,
-            )
-        )
 
     def new(
         self, numel: int, dtype: Dtype, kind: Kind | None = None, node: Node | None = None
@@ -252,9 +237,9 @@ class Tape:
         self._close_section(repeats)
 
     def _close_section(self, repeats: int) -> None:
-        if self._events:
-            self._sections.append((self._events, repeats))
-            self._events = []
+        if self.events:
+            self._sections.append((self.events, repeats))
+            self.events = []
 
     def finish(self) -> None:
         """End the run: what is released after it (by dropping the model) is not part of it."""
@@ -487,10 +472,10 @@ class Tape:
     def _relabel(self, storage: Storage, kind: Kind, owner: str) -> None:
         """A block changes its purpose without moving."""
         phase = self.phase
-        self._events.append((storage.block, -storage.nbytes, storage.kind, storage.owner, phase, 1))
+        self.events.append((storage.block, -storage.nbytes, storage.kind, storage.owner, phase, 1))
         storage.kind = kind
         storage.owner = owner
-        self._events.append((storage.block, storage.nbytes, kind, owner, phase, 1))
+        self.events.append((storage.block, storage.nbytes, kind, owner, phase, 1))
 
     def zero_grad(self, params: Sequence[Param]) -> None:
         """Drop gradients (set_to_none=True), those of folded layers with them."""
