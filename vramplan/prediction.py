@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from vramplan.allocator import Replay
 from vramplan.calibration import Calibration, calibration_for
 from vramplan.estimate import Estimate, estimate
 from vramplan.job import Job
 from vramplan.model import LinearSpec, Model
+from vramplan.replay import Replay
 from vramplan.timeline import Kind, Peak
 from vramplan.units import round_block
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
+
+
+# The replayed smallest limit was within 0.5 % of the tried ones that bracket it, once just below a
+# limit that failed; a verdict keeps this distance.
+LIMIT_MARGIN = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,12 +257,18 @@ def judge(prediction: Prediction, name: str, usable_bytes: int) -> Verdict:
     """Compare a prediction with what a card offers.
 
     ``fits``: all it would reserve, unhurried, is within the usable memory. ``tight``: it only runs
-    with the allocator held to what the card has; expect retries and slower steps.
+    with the allocator held to what the card has, with ``LIMIT_MARGIN`` to spare; expect retries and
+    slower steps.
+
+    Args:
+        prediction: The job.
+        name: How to name the card.
+        usable_bytes: What a process can have of it.
     """
     room = usable_bytes - prediction.device_peak_bytes
     if room >= 0:
         return Verdict(name, usable_bytes, "fits", room)
     limit = usable_bytes - prediction.process_bytes
-    if prediction.cache.runs_within(limit):
+    if prediction.cache.runs_within(int(limit / (1 + LIMIT_MARGIN))):
         return Verdict(name, usable_bytes, "tight", limit - prediction.cache.min_limit_bytes())
     return Verdict(name, usable_bytes, "no", limit - prediction.cache.min_limit_bytes())

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vramplan.accuracy import read_record
-from vramplan.allocator import CachingAllocator, OutOfMemory, unroll
+from vramplan.allocator import CachingAllocator, OutOfMemory
 from vramplan.catalogue import find_model, model_from_config
 from vramplan.estimate import estimate
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
 from vramplan.prediction import job_for, judge, predict, usable_bytes
+from vramplan.replay import unroll
 from vramplan.resources import profiles_dir
 from vramplan.timeline import Kind
 

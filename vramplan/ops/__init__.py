@@ -1,0 +1,71 @@
+"""Operations: each described once.
+
+For every operation: what it allocates going forward, what its autograd node keeps, what backward
+allocates (with C++ temporaries, which live until the end of their expression), its floating point
+operations and, through ``Tape.new``, the bytes it writes. Names and argument order are PyTorch's.
+
+Source: torch 2.11 ``tools/autograd/derivatives.yaml`` and ``torch/csrc/autograd/
+FunctionsManual.cpp`` (formulas), ``aten/src/ATen/autocast_mode.cpp`` (casts),
+``aten/src/ATen/native/LinearAlgebra.cpp`` (``matmul`` folding), checked against recorded allocator
+histories (``profiles/calibrations``).
+"""
+
+from __future__ import annotations
+
+from vramplan.ops.attention import efficient_attention, fused_attention
+from vramplan.ops.base import autocast_weight, cat, copy, promote, slice_, split, to, view
+from vramplan.ops.elementwise import (
+    ACTIVATIONS,
+    activation,
+    add,
+    add_scalar,
+    dropout,
+    gelu_fast,
+    gelu_new,
+    keep_input,
+    mean,
+    mul,
+    neg,
+    pow_scalar,
+    rsqrt,
+    scale,
+    tanh,
+)
+from vramplan.ops.matrix import batched_matmul, linear, matmul_4bit, matmul_8bit
+from vramplan.ops.norms import cross_entropy, embedding, layer_norm, softmax
+
+__all__ = [
+    "ACTIVATIONS",
+    "activation",
+    "add",
+    "add_scalar",
+    "autocast_weight",
+    "batched_matmul",
+    "cat",
+    "copy",
+    "cross_entropy",
+    "dropout",
+    "efficient_attention",
+    "embedding",
+    "fused_attention",
+    "gelu_fast",
+    "gelu_new",
+    "keep_input",
+    "layer_norm",
+    "linear",
+    "matmul_4bit",
+    "matmul_8bit",
+    "mean",
+    "mul",
+    "neg",
+    "pow_scalar",
+    "promote",
+    "rsqrt",
+    "scale",
+    "slice_",
+    "softmax",
+    "split",
+    "tanh",
+    "to",
+    "view",
+]

@@ -1,0 +1,113 @@
+"""Fused attention kernels."""
+
+from __future__ import annotations
+
+from vramplan.formats import FP32, INT64
+from vramplan.ops.base import Grads, result_of, to
+from vramplan.tape import Node, Tape, Tensor
+
+
+def fused_attention(
+    t: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: tuple[int, int, int, int, int],
+    *,
+    cudnn: bool,
+) -> Tensor:
+    """``scaled_dot_product_attention`` without a mask: cuDNN's kernel or FlashAttention-2.
+
+    Both keep q, k, v, the output and one fp32 log-sum-exp per row. Backward accumulates dq in fp32
+    and, with grouped queries, dk and dv per query head before summing them.
+
+    Args:
+        t: The tape.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        shape: (batch, query heads, key heads, sequence, head dimension).
+        cudnn: Whether PyTorch picks cuDNN (compute capability 9.0 and above).
+
+    Source: torch 2.11 ``aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp``,
+    ``cuda/sdp_utils.cpp`` (choice of kernel); cuDNN's workspace from recorded histories.
+    """
+    if t.autocast is not None:
+        v = to(t, v, t.autocast)
+        k = to(t, k, t.autocast)
+        q = to(t, q, t.autocast)
+    batch, heads, _kv_heads, length, dim = shape
+    edges = (q.node, k.node, v.node)
+    node = None
+    if edges != (None, None, None):
+        node = t.node(edges, _fused_attention_backward, (q, k, v), (shape, cudnn))
+    out = t.new(q.numel, q.dtype, node=node)
+    lse = t.new(batch * heads * length, FP32)
+    seed = t.new(1, INT64)
+    offset = t.new(1, INT64)
+    t.flops += 2 * batch * heads * length * length * dim  # causal: half of 4 L² d
+    if node is not None:
+        node.saved += t.save((result_of(out), lse, seed, offset))
+    return out
+
+
+def _fused_attention_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    shape, cudnn = node.args
+    q, k, v = [t.unpack(saved) for saved in node.saved][:3]
+    batch, heads, kv_heads, length, dim = shape
+    dq = t.new(q.numel, q.dtype)
+    dk = t.new(k.numel, k.dtype)
+    dv = t.new(v.numel, v.dtype)
+    rows = batch * heads * length
+    expanded = 2 * rows * dim * q.dtype.size if heads != kv_heads else 0
+    if cudnn:
+        workspace = [t.scratch(rows * dim * 4 + rows * 4 + expanded)]
+    else:
+        rounded = batch * heads * (-(-length // 128) * 128)
+        dim_rounded = -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64
+        workspace = [t.scratch(rounded * 4), t.scratch(rounded * dim_rounded * 4)]
+        workspace += [t.scratch(expanded // 2) for _ in range(2 if expanded else 0)]
+    del workspace
+    t.flops += 5 * batch * heads * length * length * dim
+    return dq, dk, dv
+
+
+def efficient_attention(
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int, int, int, int]
+) -> Tensor:
+    """``scaled_dot_product_attention`` with a mask: the memory-efficient kernel.
+
+    The boolean mask becomes an additive one in the queries' dtype at every call and is kept.
+
+    Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``
+    (``convert_boolean_attn_mask``), ``cuda/attention.cu``, ``cuda/attention_backward.cu``.
+    """
+    if t.autocast is not None:
+        v = to(t, v, t.autocast)
+        k = to(t, k, t.autocast)
+        q = to(t, q, t.autocast)
+    batch, heads, _kv_heads, length, dim = shape
+    bias = t.new(batch * length * length, q.dtype)
+    edges = (q.node, k.node, v.node)
+    node = None
+    if edges != (None, None, None):
+        node = t.node(edges, _efficient_attention_backward, (q, k, v, bias), (shape,))
+    out = t.new(q.numel, q.dtype, node=node)
+    lse = t.new(batch * heads * (-(-length // 32) * 32), FP32)
+    t.flops += 4 * batch * heads * length * length * dim
+    if node is not None:
+        node.saved += t.save((result_of(out), lse))
+    return out
+
+
+def _efficient_attention_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    (shape,) = node.args
+    q, k, v = [t.unpack(saved) for saved in node.saved][:3]
+    batch, heads, _kv_heads, length, dim = shape
+    dq = t.new(q.numel, q.dtype)
+    dk = t.new(k.numel, k.dtype)
+    dv = t.new(v.numel, v.dtype)
+    delta = t.scratch(batch * heads * length * 4)
+    del delta
+    t.flops += 10 * batch * heads * length * length * dim
+    return dq, dk, dv

@@ -1,0 +1,150 @@
+"""Casts, copies and views, and what the other operations share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vramplan.formats import FP32, Dtype
+from vramplan.tape import Node, Param, Tape, Tensor, alias
+from vramplan.timeline import Kind
+
+Grads = Sequence[Tensor | None]
+
+
+def promote(a: Dtype, b: Dtype) -> Dtype:
+    """torch.promote_types for floating dtypes."""
+    if a is b:
+        return a
+    return a if a.size > b.size else b if b.size > a.size else FP32
+
+
+def to(t: Tape, x: Tensor, dtype: Dtype) -> Tensor:
+    """``x.to(dtype)``: nothing if it already has it."""
+    if x.dtype is dtype:
+        return x
+    out = t.new(x.numel, dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), _to_backward, args=(x.dtype,))
+    return out
+
+
+def _to_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    dtype = node.args[0]
+    return (grad if grad.dtype is dtype else t.new(grad.numel, dtype),)
+
+
+def autocast_weight(t: Tape, weight: Param) -> Tensor:
+    """The weight as autocast hands it to a matrix product.
+
+    Trainable fp32 leaves are cast once per context and cached; frozen ones are cast anew each time.
+    """
+    low = t.autocast
+    if low is None or weight.dtype is low:
+        return weight
+    cached = t.cached_cast(weight)
+    if cached is not None:
+        return cached
+    cast = to(t, weight, low)
+    if weight.node is not None and weight.dtype is FP32:
+        t.cache_cast(weight, cast)
+    return cast
+
+
+def copy(t: Tape, x: Tensor) -> Tensor:
+    """``clone()``, or ``contiguous()`` of something that is not; the gradient passes through."""
+    out = t.new(x.numel, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), _pass)
+    return out
+
+
+def view(t: Tape, x: Tensor) -> Tensor:
+    """view, transpose, permute: another tensor over the same storage."""
+    out = Tensor(x.storage, x.numel, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), _view_backward)
+    return out
+
+
+def _view_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (alias(grad),)
+
+
+def _pass(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (grad,)
+
+
+def same_size(t: Tape, node: Node, grad: Tensor) -> Grads:
+    """Backward that makes one new tensor of the gradient's size."""
+    return (t.new(grad.numel, grad.dtype),)
+
+
+def slice_(t: Tape, x: Tensor, numel: int) -> Tensor:
+    """``x[..., a:b]``: a view; its gradient is a zero-filled tensor of the whole size."""
+    out = Tensor(x.storage, numel, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), _slice_backward, args=(x.numel,))
+    return out
+
+
+def _slice_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (t.new(node.args[0], grad.dtype),)
+
+
+def split(t: Tape, x: Tensor, numels: Sequence[int]) -> list[Tensor]:
+    """``split``/``chunk``: views; their gradients are gathered in one concatenation."""
+    outs = [Tensor(x.storage, n, x.dtype) for n in numels]
+    if x.node is not None:
+        parts: list[Tensor] = []
+        whole = t.node((x.node,), _split_backward, args=(parts, x.numel, x.dtype))
+        for out in outs:
+            out.node = t.node((whole,), _split_part, args=(parts,))
+            out.node.seq = whole.seq
+    return outs
+
+
+def _split_part(t: Tape, node: Node, grad: Tensor) -> Grads:
+    node.args[0].append(grad)
+    return (Tensor(None, 0, grad.dtype),)
+
+
+def _split_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    parts, numel, dtype = node.args
+    out = t.new(numel, dtype)
+    parts.clear()
+    return (out,)
+
+
+def cat(t: Tape, tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.cat``: gradients are views of the incoming one."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = promote(dtype, x.dtype)
+    out = t.new(sum(x.numel for x in tensors), dtype)
+    if any(x.node is not None for x in tensors):
+        sizes = tuple((x.numel, x.dtype) for x in tensors)
+        out.node = t.node(tuple(x.node for x in tensors), _cat_backward, args=sizes)
+    return out
+
+
+def _cat_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return [
+        None
+        if edge is None
+        else Tensor(grad.storage, numel, dtype)
+        if dtype is grad.dtype
+        else t.new(numel, dtype)
+        for edge, (numel, dtype) in zip(node.edges, node.args, strict=True)
+    ]
+
+
+def result_of(x: Tensor) -> Tensor:
+    """A node keeps its own result without a reference cycle: another tensor, same storage."""
+    return Tensor(x.storage, x.numel, x.dtype)
+
+
+def leaf_grad(t: Tape, numel: int, dtype: Dtype, edge: Node | Param | None) -> Tensor | None:
+    """A gradient that a parameter may take over; None where nothing asks for it."""
+    if edge is None:
+        return None
+    return t.new(numel, dtype, Kind.GRADIENTS if type(edge) is Param else None)

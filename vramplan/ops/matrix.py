@@ -1,0 +1,168 @@
+"""Matrix products: plain, batched and quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vramplan.formats import Dtype
+from vramplan.ops.base import Grads, autocast_weight, copy, leaf_grad, to
+from vramplan.tape import Node, Param, Storage, Tape, Tensor
+from vramplan.timeline import Kind
+
+
+def linear(
+    t: Tape, x: Tensor, weight: Param, bias: Param | None, rows: int, columns: int
+) -> Tensor:
+    """``F.linear``: x [tokens, columns] times weight [rows, columns]."""
+    # autocast's wrapper casts its arguments last to first, as C++ evaluates them here
+    b = autocast_weight(t, bias) if bias is not None else None
+    w = autocast_weight(t, weight)
+    if t.autocast is not None:
+        x = to(t, x, t.autocast)
+    tokens = x.numel // columns
+    t.flops += 2 * tokens * rows * columns
+    t.moved_bytes += (x.numel + rows * columns) * x.dtype.size
+    edges = (x.node, w.node, b.node if b is not None else None)
+    node = None
+    if edges != (None, None, None):
+        saved = ((x,) if edges[1] is not None else ()) + ((w,) if edges[0] is not None else ())
+        node = t.node(edges, _linear_backward, saved, (tokens, rows, columns))
+    return t.new(tokens * rows, x.dtype, node=node)
+
+
+def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    tokens, rows, columns = node.args
+    for saved in node.saved:
+        t.unpack(saved)
+    x_edge, w_edge, b_edge = node.edges
+    gx = gw = None
+    if b_edge is None:  # mm computes mat2's gradient first, addmm mat1's
+        gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
+    if x_edge is not None:
+        gx = t.new(tokens * columns, grad.dtype, Kind.ACTIVATION_GRADIENTS)
+    if b_edge is not None:
+        gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
+    t.flops += 2 * tokens * rows * columns * ((gx is not None) + (gw is not None))
+    gb = leaf_grad(t, rows, grad.dtype, b_edge)
+    for viewed in (gx, gw):  # reshaped, transposed
+        if viewed is not None:
+            viewed.aliased = True
+    return gx, gw, gb
+
+
+def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch: int) -> Tensor:
+    """``torch.matmul`` of two [batch, heads, ...] activations.
+
+    Batch and heads are folded into one dimension; operands whose memory order does not allow that
+    (permuted ones, unless batch is 1) are copied, and the copies are what the node keeps.
+
+    Args:
+        t: The tape.
+        a: First operand.
+        b: Second operand, permuted.
+        numel: Elements of the result.
+        inner: Contracted dimension.
+        batch: Batch size.
+
+    Source: torch 2.11 ``aten/src/ATen/native/LinearAlgebra.cpp`` (``_matmul_impl``).
+    """
+    if t.autocast is not None:
+        b = to(t, b, t.autocast)
+        a = to(t, a, t.autocast)
+    if batch > 1:
+        if a.numel < numel:  # queries; attention weights are contiguous already
+            a = copy(t, a)
+        b = copy(t, b)
+    t.flops += 2 * numel * inner
+    node = None
+    if a.node is not None or b.node is not None:
+        saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
+        args = (a.numel, b.numel, inner)
+        node = t.node((a.node, b.node), _matmul_backward, saved, args)
+    return t.new(numel, a.dtype, node=node)
+
+
+def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    a_numel, b_numel, inner = node.args
+    for saved in node.saved:
+        t.unpack(saved)
+    a_edge, b_edge = node.edges
+    gb = t.new(b_numel, grad.dtype) if b_edge is not None else None
+    ga = t.new(a_numel, grad.dtype) if a_edge is not None else None
+    t.flops += 2 * grad.numel * inner * ((ga is not None) + (gb is not None))
+    return ga, gb
+
+
+def matmul_4bit(
+    t: Tape, x: Tensor, rows: int, columns: int, dequantised: Sequence[int], stored: Dtype
+) -> Tensor:
+    """Bitsandbytes' ``MatMul4Bit`` on x [tokens, columns] in the compute dtype.
+
+    Args:
+        t: The tape.
+        x: Input.
+        rows: Output features.
+        columns: Input features.
+        dequantised: Bytes of the tensors that a forward call dequantises into first (the hidden
+            workspace); empty where the fused kernel runs.
+        stored: dtype that backward dequantises to before casting to the gradient's.
+
+    Source: bitsandbytes 0.50.2 ``autograd/_functions.py``, ``backends/cuda/ops.py``.
+    """
+    tokens = x.numel // columns
+    hidden = [t.scratch(nbytes) for nbytes in dequantised]
+    out = t.new(tokens * rows, x.dtype)
+    del hidden
+    t.flops += 2 * tokens * rows * columns
+    t.moved_bytes += rows * columns // 2 + x.numel * x.dtype.size
+    if x.node is not None:
+        args = (tokens, rows, columns, stored)
+        out.node = t.node((x.node,), _matmul_4bit_backward, args=args)
+    return out
+
+
+def _matmul_4bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    tokens, rows, columns, stored = node.args
+    absmax = t.scratch(-(-rows * columns // 64) * 4)
+    weight = t.scratch(rows * columns * stored.size)
+    del absmax
+    cast: Storage | None = None
+    if stored is not grad.dtype:
+        cast = t.scratch(rows * columns * grad.dtype.size)
+    gx = t.new(tokens * columns, grad.dtype)
+    del weight, cast
+    t.flops += 2 * tokens * rows * columns
+    return (gx,)
+
+
+def matmul_8bit(t: Tape, x: Tensor, rows: int, columns: int) -> Tensor:
+    """Bitsandbytes' ``MatMul8bitLt`` (LLM.int8) on x [tokens, columns] with a frozen weight.
+
+    Source: bitsandbytes 0.50.2 ``autograd/_functions.py``.
+
+    Known limitations:
+        Outlier columns (threshold 6.0) depend on the data and are taken as none. The input kept on
+        ``ctx`` is released with its node, where the real one stays until the whole graph goes.
+    """
+    tokens = x.numel // columns
+    half = None if x.dtype.name == "fp16" else t.scratch(x.numel * 2)
+    quantised = t.scratch(x.numel)
+    row_scale = t.scratch(tokens * 4)
+    del half
+    product = t.scratch(tokens * rows * 4)
+    out = t.new(tokens * rows, x.dtype)
+    del quantised, row_scale, product
+    t.flops += 2 * tokens * rows * columns
+    if x.node is not None:
+        # ctx.tensors keeps the input itself, out of reach of saved-tensor hooks
+        out.node = t.node((x.node,), _matmul_8bit_backward, args=(tokens, rows, columns, x))
+    return out
+
+
+def _matmul_8bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    tokens, rows, columns, x = node.args
+    weight = t.scratch(rows * columns * x.dtype.size)
+    gx = t.new(tokens * columns, x.dtype)
+    del weight
+    t.flops += 2 * tokens * rows * columns
+    return (gx,)

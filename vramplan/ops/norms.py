@@ -1,0 +1,94 @@
+"""Norms, softmax, embedding and the loss."""
+
+from __future__ import annotations
+
+from vramplan.formats import FP32, INT64, Dtype
+from vramplan.ops.base import Grads, leaf_grad, result_of, to
+from vramplan.tape import Node, Param, Tape, Tensor
+from vramplan.timeline import Kind
+
+
+def layer_norm(t: Tape, x: Tensor, weight: Param, bias: Param | None, groups: int) -> Tensor:
+    """``F.layer_norm``: autocast runs it, weights included, in fp32."""
+    if t.autocast is not None:
+        x = to(t, x, FP32)
+    w = to(t, weight, FP32) if t.autocast is not None else weight
+    b = bias if bias is None or t.autocast is None else to(t, bias, FP32)
+    edges = (x.node, w.node, b.node if b is not None else None)
+    node = None
+    if edges != (None, None, None):
+        node = t.node(edges, _layer_norm_backward, (x, w))
+    out = t.new(x.numel, x.dtype, node=node)
+    mean_ = t.new(groups, FP32)
+    rstd = t.new(groups, FP32)
+    if node is not None:
+        node.saved += t.save((mean_, rstd))
+    return out
+
+
+def _layer_norm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    x, w, _mean, _rstd = [t.unpack(saved) for saved in node.saved]
+    gx = t.new(x.numel, x.dtype) if node.edges[0] is not None else None
+    gw = leaf_grad(t, w.numel, w.dtype, node.edges[1])
+    gb = leaf_grad(t, w.numel, w.dtype, node.edges[2])
+    return gx, gw, gb
+
+
+def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
+    """``F.softmax(x, dtype=...)``: keeps its result; in fp32 under autocast."""
+    in_dtype = x.dtype
+    if dtype is None:
+        if t.autocast is not None:
+            x = to(t, x, FP32)
+            in_dtype = FP32
+        dtype = x.dtype
+    node = t.node((x.node,), _softmax_backward, (), (in_dtype,)) if x.node is not None else None
+    out = t.new(x.numel, dtype, node=node)
+    if node is not None:
+        node.saved = t.save((result_of(out),))
+    return out
+
+
+def _softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    result = t.unpack(node.saved[0])
+    return (t.new(result.numel, node.args[0]),)
+
+
+def embedding(t: Tape, weight: Param, num_tokens: int, width: int) -> Tensor:
+    """``F.embedding``: rows gathered; the gradient of the table is dense."""
+    out = t.new(num_tokens * width, weight.dtype)
+    if weight.node is not None:
+        out.node = t.node((weight,), _embedding_backward, args=(weight.numel, num_tokens))
+    return out
+
+
+def _embedding_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    numel, num_tokens = node.args
+    gw = t.new(numel, grad.dtype, Kind.GRADIENTS)
+    # embedding_dense_backward_cuda sorts the indices above 3072 of them
+    if num_tokens > 3072:
+        scratch = [t.new(num_tokens, INT64, Kind.WORKSPACE) for _ in range(3)]
+        del scratch
+    return (gw,)
+
+
+def cross_entropy(t: Tape, logits: Tensor, labels: Tensor) -> Tensor:
+    """``F.cross_entropy`` on fp32 logits: log_softmax, kept whole, then nll_loss.
+
+    Backward fills a gradient of the logits' size for nll_loss, then one more for log_softmax.
+    """
+    log_probs = t.new(logits.numel, logits.dtype)
+    if logits.node is not None:
+        kept = (result_of(log_probs),)
+        log_probs.node = t.node((logits.node,), _softmax_backward, kept, (logits.dtype,))
+    loss = t.new(1, logits.dtype)
+    total_weight = t.new(1, logits.dtype)
+    if log_probs.node is not None:
+        saved = (log_probs, labels, total_weight)
+        loss.node = t.node((log_probs.node,), _nll_loss_backward, saved)
+    return loss
+
+
+def _nll_loss_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    log_probs = t.unpack(node.saved[0])
+    return (t.new(log_probs.numel, log_probs.dtype),)

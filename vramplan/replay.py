@@ -1,0 +1,204 @@
+"""A run's requests in order, served by the allocator with and without a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vramplan.allocator import SMALL_BUFFER, SMALL_SIZE, Block, CachingAllocator, OutOfMemory
+from vramplan.timeline import Event, Kind, Phase, Section, Timeline
+
+Request = tuple[int, int]  # (block identity, bytes); negative bytes release it
+STATIC = (Phase.LOAD, Phase.PREPARE)
+LIMIT_RESOLUTION = 32 * 1024**2
+
+
+class Replay:
+    """A run's requests, ready to be served with and without a limit.
+
+    The large pool is replayed block by block. The small pool (requests up to 1 MiB) holds adapters,
+    statistics and other long-lived things in 2 MiB segments and is taken as full ones. When the
+    optimizer's state is large its blocks, allocated at the end of the first step, shape what the
+    second one finds: then both steps are replayed.
+    """
+
+    def __init__(self, timeline: Timeline) -> None:
+        large, small = _split_pools(timeline)
+        self.small_bytes = -(-_peak(small) // SMALL_BUFFER) * SMALL_BUFFER
+        self.live_bytes = _peak(large)
+        self.requests = _in_order(large)
+        self._roomy: CachingAllocator | None = None
+
+    def roomy(self) -> CachingAllocator:
+        """The allocator after the run on a card with room."""
+        if self._roomy is None:
+            self._roomy = replay(self.requests)
+        return self._roomy
+
+    def reserved_bytes(self) -> int:
+        """Most it reserves, unhurried."""
+        return self.roomy().peak_reserved + self.small_bytes
+
+    def slack_bytes(self) -> int:
+        """What unsplit blocks add to the allocated bytes at the peak."""
+        return max(0, self.roomy().peak_allocated - self.live_bytes)
+
+    def runs_within(self, limit: int) -> bool:
+        """Whether the run succeeds when the allocator may reserve ``limit`` bytes."""
+        try:
+            replay(self.requests, limit - self.small_bytes)
+        except OutOfMemory:
+            return False
+        return True
+
+    def min_limit_bytes(self) -> int:
+        """Smallest limit at which the run succeeds, to within 32 MiB or half a percent."""
+        resolution = max(LIMIT_RESOLUTION, self.live_bytes // 200)
+        low = self.live_bytes + self.small_bytes - resolution
+        high = self.reserved_bytes()
+        while high - low > resolution:
+            middle = (low + high) // 2
+            if self.runs_within(middle):
+                high = middle
+            else:
+                low = middle
+        return high
+
+
+def _split_pools(timeline: Timeline) -> tuple[Timeline, Timeline]:
+    """The events of the large and of the small pool."""
+    large, small = [], []
+    for section in timeline.sections:
+        pools: tuple[list[Event], list[Event]] = ([], [])
+        for event in section.events:
+            pools[-SMALL_SIZE <= event.nbytes <= SMALL_SIZE].append(event)
+        large.append(Section(tuple(pools[0]), section.repeats))
+        small.append(Section(tuple(pools[1]), section.repeats))
+    return Timeline(tuple(large)), Timeline(tuple(small))
+
+
+def _peak(timeline: Timeline) -> int:
+    """Most bytes live at once, repeated sections folded."""
+    live = best = 0
+    for section in timeline.sections:
+        start, top = live, live
+        for event in section.events:
+            live += event.nbytes * event.copies
+            top = max(top, live)
+        more = section.repeats - 1
+        best = max(best, top + max(0, live - start) * more)
+        live += (live - start) * more
+    return best
+
+
+def _in_order(timeline: Timeline) -> list[Request]:
+    """The requests as a run makes them: load, a first step, optimizer state, a second step."""
+    static: list[Event] = []
+    state: list[Event] = []
+    steps: list[Section] = []
+    for section in timeline.sections:
+        moving = tuple(e for e in section.events if e.phase not in STATIC)
+        for event in section.events:
+            if event.phase in STATIC:
+                (state if event.kind is Kind.OPTIMIZER else static).append(event)
+        steps.append(Section(moving, section.repeats))
+    load = Section(tuple(static))
+    if not state:
+        return unroll(Timeline((load, *steps)))
+    walk = [
+        Section(tuple(e for e in s.events if e.phase is not Phase.STEP), s.repeats) for s in steps
+    ]
+    update = [Section(tuple(e for e in s.events if e.phase is Phase.STEP)) for s in steps]
+    first = unroll(Timeline((load, *walk, Section(tuple(state)), *update)))
+    top = max(identity for identity, _ in first)
+    second = unroll(Timeline((*walk, *update)))
+    return first + [(identity + top, nbytes) for identity, nbytes in second]
+
+
+def unroll(timeline: Timeline) -> list[Request]:
+    """Every request of a run in order, repeated sections and copies written out.
+
+    Blocks that a repeated section leaves behind for a later one are released latest first: backward
+    meets the layers in reverse. Blocks that one layer hands to the next (hidden states, their
+    gradients) are matched by ``_handed_on``.
+    """
+    born: dict[int, list[int]] = {}  # block -> live identities, oldest first
+    handed_on = _handed_on(timeline)
+    requests: list[Request] = []
+    append = requests.append
+    fresh = 0
+    for index, section in enumerate(timeline.sections):
+        last = section.repeats - 1
+        for repetition in range(section.repeats):
+            for block, nbytes, _kind, _owner, _phase, copies in section.events:
+                if nbytes > 0:
+                    live = born.setdefault(block, [])
+                    for _ in range(copies):
+                        fresh += 1
+                        live.append(fresh)
+                        append((fresh, nbytes))
+                    continue
+                oldest = False
+                if last and (index, block) in handed_on:
+                    twin, oldest = handed_on[index, block]
+                    own = repetition == (0 if oldest else last)
+                    live = born[block if own else twin]
+                    oldest = oldest and not own
+                else:
+                    live = born[block]
+                for _ in range(min(copies, len(live))):
+                    append((live.pop(0 if oldest else -1), nbytes))
+    return requests
+
+
+def _handed_on(timeline: Timeline) -> dict[tuple[int, int], tuple[int, bool]]:
+    """Match what a repeated section releases of its outer neighbour with its own equivalent.
+
+    The written-out layer releases a block F of the layer before it; its own equivalent Y is
+    released, once, by the layer after it. Of k repetitions one releases F, the others a Y: in the
+    walk that made them (chained) F goes first, in the reversed walk F goes last.
+
+    Returns:
+        (section, F) -> (Y, chained).
+    """
+    home: dict[int, int] = {}
+    size: dict[int, int] = {}
+    left: dict[int, list[int]] = {}  # repeated section -> its blocks released once elsewhere
+    taken: dict[int, list[int]] = {}  # repeated section -> outer blocks it releases
+    repeats = [section.repeats for section in timeline.sections]
+    for index, section in enumerate(timeline.sections):
+        for event in section.events:
+            if event.nbytes > 0:
+                home[event.block], size[event.block] = index, event.nbytes
+            elif event.copies == 1 and event.block in home:
+                source = home[event.block]
+                if repeats[index] == 1 and repeats[source] > 1:
+                    left.setdefault(source, []).append(event.block)
+                elif repeats[index] > 1 and repeats[source] == 1:
+                    taken.setdefault(index, []).append(event.block)
+    matches: dict[tuple[int, int], tuple[int, bool]] = {}
+    for index, blocks in taken.items():
+        for block in blocks:
+            for source in (index, *sorted((s for s in left if s < index), reverse=True)):
+                twin = next((b for b in left.get(source, ()) if size[b] == size[block]), None)
+                if twin is not None:
+                    matches[index, block] = (twin, source == index)
+                    left[source].remove(twin)
+                    break
+    return matches
+
+
+def replay(requests: Iterable[Request], limit: int | None = None) -> CachingAllocator:
+    """Run requests through a fresh allocator.
+
+    Raises:
+        OutOfMemory: If ``limit`` does not hold them.
+    """
+    allocator = CachingAllocator(limit)
+    live: dict[int, Block] = {}
+    malloc, free = allocator.malloc, allocator.free
+    for identity, nbytes in requests:
+        if nbytes > 0:
+            live[identity] = malloc(nbytes)
+        else:
+            free(live.pop(identity))
+    return allocator
