@@ -26,6 +26,7 @@ from vramplan.units import BLOCK_BYTES, round_block
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8
+DEFAULT_CAPABILITY = (9, 0)  # the card of the recorded runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,6 @@ class Estimate:
     Attributes:
         ready_bytes: Allocated when training is about to start.
         peak_allocated_bytes: Largest allocated from the second step on.
-        first_step_peak_bytes: Largest allocated in the first step.
         base_bytes: The base model alone, adapters not counted.
         static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
         optimizer_bytes: Optimizer state on the device.
@@ -48,7 +48,6 @@ class Estimate:
 
     ready_bytes: int
     peak_allocated_bytes: int
-    first_step_peak_bytes: int
     base_bytes: int
     static_bytes: int
     optimizer_bytes: int
@@ -86,14 +85,16 @@ def attention_of(family: Family, job: Job) -> str:
     return asked
 
 
-def estimate(model: Model, job: Job, *, hopper: bool = True, cudnn: bool = True) -> Estimate:
+def estimate(
+    model: Model, job: Job, *, capability: tuple[int, int] = DEFAULT_CAPABILITY
+) -> Estimate:
     """Predict the memory of one job.
 
     Args:
         model: The model.
         job: The job.
-        hopper: Whether the card's cuBLAS workspaces are Hopper-sized (compute capability 9.0).
-        cudnn: Whether sdpa runs cuDNN's kernel (compute capability 9.0 and above).
+        capability: Compute capability of the card, which decides cuBLAS's workspaces and the
+            attention kernel.
 
     Returns:
         Its numbers, all in bytes as torch's allocator counts them.
@@ -101,13 +102,13 @@ def estimate(model: Model, job: Job, *, hopper: bool = True, cudnn: bool = True)
     Raises:
         UsageError: If the job does not go with the model.
     """
-    return Step(model, job, hopper=hopper, cudnn=cudnn).run()
+    return Step(model, job, capability).run()
 
 
 class Step:
     """Walks one steady step of a job."""
 
-    def __init__(self, model: Model, job: Job, *, hopper: bool, cudnn: bool) -> None:
+    def __init__(self, model: Model, job: Job, capability: tuple[int, int]) -> None:
         self.model = model
         self.job = job
         self.family = find_family(model.family)
@@ -122,9 +123,9 @@ class Step:
             job.batch_size,
             job.seq_len,
             job.tokens,
-            cudnn=cudnn,
+            capability=capability,
         )
-        self.workspace_bytes = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
+        self.workspace_bytes = CUBLAS_WORKSPACE_HOPPER if capability[0] == 9 else CUBLAS_WORKSPACE
         self.marks: list[int] = []
 
     def run(self) -> Estimate:
@@ -152,7 +153,6 @@ class Step:
         return Estimate(
             ready_bytes=ready,
             peak_allocated_bytes=max(walk_peak, step_peak),
-            first_step_peak_bytes=max(walk_peak - optimizer_bytes, step_peak),
             base_bytes=ready - self.built.adapter_bytes,
             static_bytes=static,
             optimizer_bytes=optimizer_bytes,

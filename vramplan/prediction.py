@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vramplan.calibration import Calibration, calibration_for
-from vramplan.estimate import Estimate, estimate
+from vramplan.estimate import DEFAULT_CAPABILITY, Estimate, estimate
 from vramplan.job import Job
 from vramplan.model import LinearSpec, Model
 from vramplan.replay import Replay
@@ -157,9 +157,8 @@ def predict(
     Raises:
         UsageError: If the job does not go with the model.
     """
-    hopper = gpu is None or gpu.compute_capability[0] == 9
-    cudnn = gpu is None or gpu.compute_capability[0] >= 9
-    walked = estimate(model, job, hopper=hopper, cudnn=cudnn)
+    capability = gpu.compute_capability if gpu else DEFAULT_CAPABILITY
+    walked = estimate(model, job, capability=capability)
     calibration = calibration_for(gpu.slug if gpu else None)
     cache: ReplayedCache | SimilarCache
     if like is None:

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.text import Text
 
 from vramplan.advice import Advice, Adviser, least_number_of_cards
+from vramplan.calibration import DEFAULT_GPU
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.errors import UsageError
+from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.job import Job
 from vramplan.model import Model
 from vramplan.prediction import Prediction, Verdict, job_for, judge, predict, usable_bytes
@@ -139,13 +141,14 @@ def find_cards(names: list[str], memory: str | None) -> list[Card]:
 
 def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
     """Judge the job on every card; cards that would run it alike share one prediction."""
-    shared: dict[tuple[Job, bool, bool, str], Prediction] = {}
+    shared: dict[tuple[Job, tuple[int, int], str], Prediction] = {}
     answers = []
     for card in cards:
         own = job_for(job, card.gpu)
-        capability = card.gpu.compute_capability if card.gpu else (9, 0)
-        slug = card.name if card.name == "h100-sxm-80gb" else ""
-        key = (own, capability[0] == 9, capability[0] >= 9, slug)
+        capability = card.gpu.compute_capability if card.gpu else DEFAULT_CAPABILITY
+        # only the kernels change with the generation; constants are the reference card's or its own
+        generation = (min(max(capability[0], 7), 10), 0)
+        key = (own, generation, card.name if card.name == DEFAULT_GPU else "")
         if key not in shared:
             shared[key] = predict(model, own, card.gpu)
         prediction = shared[key]
@@ -293,6 +296,7 @@ def print_assumptions(out: Console, model: Model, answer: Answer) -> None:
             f"Weights and Adam states in {job.dtype}, as from_pretrained and torch's AdamW do; "
             "--dtype fp32 plans the classic mixed-precision recipe."
         )
+    lines += model.warnings
     lines.append(
         "Random full-length sequences, stock Trainer; nothing else on the card. A desktop takes "
         "some hundred MiB more."

@@ -27,7 +27,7 @@ class Env:
         tokens: Tokens of a micro-batch, batch times length.
         cos: Rotary table [1, length, rotary_dim]; None where the model has none.
         mask: Attention mask tensor, None where the kernel masks by itself.
-        cudnn: Whether sdpa runs cuDNN's kernel (compute capability 9.0 and above).
+        capability: Compute capability of the card, which decides sdpa's kernel.
         kept: What the model's loop keeps of a block's result until the next block returns.
     """
 
@@ -41,7 +41,7 @@ class Env:
     sin: Tensor | None = None
     mask: Tensor | None = None
     kept: Tensor | None = None
-    cudnn: bool = True
+    capability: tuple[int, int] = (9, 0)
 
     @property
     def windowed(self) -> bool:
@@ -151,18 +151,60 @@ def attend(
     Returns:
         The output and, from eager attention, the weights, which the caller keeps alive.
     """
-    dims = env.dims
     if env.attention == "eager":
         return eager_attention(t, q, k, v, env)
-    if env.mask is not None:
-        groups = dims.num_heads // dims.num_kv_heads
-        k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
-        shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
-        out = ops.efficient_attention(t, q, k, v, shape)
-    else:
-        shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
-        out = ops.fused_attention(t, q, k, v, shape, cudnn=env.cudnn)
+    if env.attention == "sdpa" and (env.mask is not None or env.capability < (8, 0)):
+        return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
+    dims = env.dims
+    shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
+    cudnn = env.attention == "sdpa" and env.capability >= (9, 0)
+    out = ops.fused_attention(t, q, k, v, shape, cudnn=cudnn)
     return (out if contiguous else ops.copy(t, out)), None
+
+
+def _sdpa_without_flash(
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env, *, contiguous: bool
+) -> Tensor:
+    """Sdpa where FlashAttention cannot run: with a mask, or before compute capability 8.0.
+
+    The memory-efficient kernel takes over. It knows no grouped queries: with a mask transformers
+    repeats keys and values first, without one PyTorch falls back to plain matrix products.
+
+    Source: transformers 5.17 ``integrations/sdpa_attention.py`` (``use_gqa_in_sdpa``), torch 2.11
+    ``transformers/cuda/sdp_utils.cpp``. The cards before 8.0 were not measured.
+    """
+    dims = env.dims
+    groups = dims.num_heads // dims.num_kv_heads
+    if groups > 1 and env.mask is None:
+        return math_attention(t, q, k, v, env)
+    k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
+    shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
+    out = ops.efficient_attention(t, q, k, v, shape, masked=env.mask is not None)
+    return out if contiguous else ops.copy(t, out)
+
+
+def math_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor:
+    """``_scaled_dot_product_attention_math``: everything in fp32, scores written out.
+
+    Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
+    """
+    dims = env.dims
+    groups = dims.num_heads // dims.num_kv_heads
+    if t.autocast is not None:
+        v = ops.to(t, v, t.autocast)
+        k = ops.to(t, k, t.autocast)
+        q = ops.to(t, q, t.autocast)
+    dtype = q.dtype
+    size = dims.num_heads * env.tokens * env.length
+    with t.no_autocast():
+        k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
+        q, k, v = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
+        q, k = ops.scale(t, q), ops.scale(t, k)
+        weights = ops.batched_matmul(t, q, k, size, dims.head_dim, env.batch)
+        weights = ops.softmax(t, weights)
+        out = ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch)
+        out = ops.to(t, out, dtype)
+    return ops.copy(t, out)
 
 
 def eager_attention(

@@ -19,6 +19,10 @@ def read(c: ConfigReader) -> Dims:
     )
     used = c.flag("use_sliding_window", default=False)
     window = c.size("sliding_window", default=4096) if used else None
+    if window:
+        c.warnings.append(
+            "The sliding window of the upper layers is planned as if every layer used it."
+        )
     first = c.number("max_window_layers", default=28, low=0, high=10_000)
     return replace(
         dims,

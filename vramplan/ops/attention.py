@@ -73,11 +73,17 @@ def _fused_attention_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 
 def efficient_attention(
-    t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int, int, int, int]
+    t: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: tuple[int, int, int, int, int],
+    *,
+    masked: bool,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` with a mask: the memory-efficient kernel.
+    """``scaled_dot_product_attention`` by the memory-efficient kernel.
 
-    The boolean mask becomes an additive one in the queries' dtype at every call and is kept.
+    A boolean mask becomes an additive one in the queries' dtype at every call and is kept.
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``
     (``convert_boolean_attn_mask``), ``cuda/attention.cu``, ``cuda/attention_backward.cu``.
@@ -87,11 +93,13 @@ def efficient_attention(
         k = to(t, k, t.autocast)
         q = to(t, q, t.autocast)
     batch, heads, _kv_heads, length, dim = shape
-    bias = t.new(batch * length * length, q.dtype)
+    kept: tuple[Tensor, ...] = (q, k, v)
+    if masked:
+        kept += (t.new(batch * length * length, q.dtype),)
     edges = (q.node, k.node, v.node)
     node = None
     if edges != (None, None, None):
-        node = t.node(edges, _efficient_attention_backward, (q, k, v, bias), (shape,))
+        node = t.node(edges, _efficient_attention_backward, kept, (shape,))
     out = t.new(q.numel, q.dtype, node=node)
     lse = t.new(batch * heads * (-(-length // 32) * 32), FP32)
     t.flops += 4 * batch * heads * length * length * dim
