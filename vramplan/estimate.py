@@ -11,6 +11,7 @@ Source: transformers 5.17.0 ``trainer.py`` (``training_step``), ``loss/loss_util
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from vramplan import ops
 from vramplan.errors import UsageError
@@ -174,16 +175,16 @@ class Step:
             Storage(t, round_block(nbytes), Kind.OPTIMIZER, "optimizer")
             for nbytes in (optimizer.shared_parts() if self.built.trainable else ())
         ]
-        for param in self.built.trainable:
-            parts, managed = optimizer.state_parts(
-                param.numel, param.rows, param.dtype, embedding=param.embedding
-            )
-            paged += managed * param.copies
-            held += [
-                Storage(t, round_block(n), Kind.OPTIMIZER, param.owner, param.copies)
-                for n in parts
-                if n
-            ]
+        for copies, params in groupby(self.built.trainable, key=lambda p: p.copies):
+            with t.repeated(copies):
+                for param in params:
+                    parts, managed = optimizer.state_parts(
+                        param.numel, param.rows, param.dtype, embedding=param.embedding
+                    )
+                    paged += managed * copies
+                    held += [
+                        Storage(t, round_block(n), Kind.OPTIMIZER, param.owner) for n in parts if n
+                    ]
         return t.live_bytes - start, paged, held
 
     def _batch(self) -> list[Tensor]:

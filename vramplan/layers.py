@@ -181,8 +181,8 @@ class Built:
 
     # -- building blocks ----------------------------------------------------------------------
 
-    def _hold(self, nbytes: int, kind: Kind, owner: str, copies: int = 1) -> Storage:
-        storage = Storage(self.t, round_block(nbytes), kind, owner, copies)
+    def _hold(self, nbytes: int, kind: Kind, owner: str) -> Storage:
+        storage = Storage(self.t, round_block(nbytes), kind, owner)
         self.storages.append(storage)
         return storage
 
@@ -199,7 +199,7 @@ class Built:
     ) -> Param:
         if trainable is None:
             trainable = self.job.method == "full"
-        storage = Storage(self.t, round_block(numel * dtype.size), kind, owner, copies)
+        storage = Storage(self.t, round_block(numel * dtype.size), kind, owner)
         param = Param(storage, numel, dtype, trainable, owner, copies)
         param.rows = rows
         self.params.append(param)
@@ -276,7 +276,7 @@ class Built:
         rows, columns = spec.out_features, spec.in_features
         fmt = QUANT_FORMATS[job.quant_type]
         for _name, nbytes in fmt.parts(rows, columns, job.double_quant):
-            self._hold(nbytes, Kind.WEIGHTS, owner, copies)
+            self._hold(nbytes, Kind.WEIGHTS, owner)
         bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
         layer = Linear(spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype)
         if fmt.block:
@@ -288,10 +288,11 @@ class Built:
         position = "*" if copies > 1 else str(sum(runs[:index]))
         prefix = f"{arch.layer_prefix}.{position}."
         layer = Layer()
-        for spec in arch.block:
-            self._add(layer, spec, prefix, copies)
-        for nbytes in arch.layer_buffers:
-            self._hold(nbytes, Kind.WEIGHTS, prefix + "buffers", copies)
+        with self.t.repeated(copies):  # loaded layer after layer
+            for spec in arch.block:
+                self._add(layer, spec, prefix, copies)
+            for nbytes in arch.layer_buffers:
+                self._hold(nbytes, Kind.WEIGHTS, prefix + "buffers")
         return layer
 
     def _add(self, layer: Layer, spec: ModuleSpec, prefix: str, copies: int) -> None:

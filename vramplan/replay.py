@@ -92,23 +92,25 @@ def _peak(timeline: Timeline) -> int:
 
 def _in_order(timeline: Timeline) -> list[Request]:
     """The requests as a run makes them: load, a first step, optimizer state, a second step."""
-    static: list[Event] = []
-    state: list[Event] = []
+    load: list[Section] = []
+    state: list[Section] = []
     steps: list[Section] = []
     for section in timeline.sections:
-        moving = tuple(e for e in section.events if e.phase not in STATIC)
+        kept: tuple[list[Event], list[Event], list[Event]] = ([], [], [])
         for event in section.events:
-            if event.phase in STATIC:
-                (state if event.kind is Kind.OPTIMIZER else static).append(event)
-        steps.append(Section(moving, section.repeats))
-    load = Section(tuple(static))
-    if not state:
-        return unroll(Timeline((load, *steps)))
+            if event.phase not in STATIC:
+                kept[2].append(event)
+            else:
+                kept[event.kind is Kind.OPTIMIZER].append(event)
+        for sections, events in zip((load, state, steps), kept, strict=True):
+            sections.append(Section(tuple(events), section.repeats))
+    if not any(section.events for section in state):
+        return unroll(Timeline((*load, *steps)))
     walk = [
         Section(tuple(e for e in s.events if e.phase is not Phase.STEP), s.repeats) for s in steps
     ]
     update = [Section(tuple(e for e in s.events if e.phase is Phase.STEP)) for s in steps]
-    first = unroll(Timeline((load, *walk, Section(tuple(state)), *update)))
+    first = unroll(Timeline((*load, *walk, *state, *update)))
     top = max(identity for identity, _ in first)
     second = unroll(Timeline((*walk, *update)))
     return first + [(identity + top, nbytes) for identity, nbytes in second]
