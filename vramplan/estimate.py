@@ -37,7 +37,7 @@ class Estimate:
     Attributes:
         ready_bytes: Allocated when training is about to start.
         peak_allocated_bytes: Largest allocated from the second step on.
-        base_bytes: The base model alone, adapters not counted.
+        load_peak_bytes: Largest allocated while loading and preparing.
         static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
         optimizer_bytes: Optimizer state on the device.
         paged_bytes: Optimizer state in managed memory.
@@ -49,7 +49,7 @@ class Estimate:
 
     ready_bytes: int
     peak_allocated_bytes: int
-    base_bytes: int
+    load_peak_bytes: int
     static_bytes: int
     optimizer_bytes: int
     paged_bytes: int
@@ -132,7 +132,7 @@ class Step:
     def run(self) -> Estimate:
         """Load, then one steady step."""
         t = self.tape
-        ready = t.live_bytes
+        ready, load_peak = t.live_bytes, t.peak_bytes
         t.phase = Phase.PREPARE
         optimizer_bytes, paged, self.optimizer = self._optimizer_state()
         self.workspaces = [
@@ -154,7 +154,7 @@ class Step:
         return Estimate(
             ready_bytes=ready,
             peak_allocated_bytes=max(walk_peak, step_peak),
-            base_bytes=ready - self.built.adapter_bytes,
+            load_peak_bytes=load_peak,
             static_bytes=static,
             optimizer_bytes=optimizer_bytes,
             paged_bytes=paged,

@@ -26,7 +26,7 @@ from vramplan.model import (
     NormSpec,
 )
 from vramplan.tape import Param, Storage, Tape, Tensor
-from vramplan.timeline import Kind
+from vramplan.timeline import Kind, Phase
 from vramplan.units import round_block
 
 
@@ -168,16 +168,31 @@ class Built:
         arch = model.architecture
         self.targets = resolve_targets(arch, job)
         self.params: list[Param] = []
+        self._to_cast: list[Param] = []
         self.trainable: list[Param] = []
         self.storages: list[Storage] = []
         self.num_trainable = 0
-        self.adapter_bytes = 0
         self.embedding = self._embedding(arch.embedding)
         self.layers = [self._layer(arch, runs, i) for i in range(len(runs))]
         self.final_norm = self._norm(arch.final_norm, "", 1)
         self.head = self._head(arch.head)
         for nbytes in arch.model_buffers:
             self._hold(nbytes, Kind.WEIGHTS, "buffers")
+        if self._to_cast:
+            self._cast_to_fp32()
+
+    def _cast_to_fp32(self) -> None:
+        """prepare_model_for_kbit_training: one parameter after another, then empty_cache.
+
+        The small parameters of the folded layers are fp32 from the start here; they are far from
+        deciding anything.
+        """
+        self.t.phase = Phase.PREPARE
+        for param in self._to_cast:
+            param.storage = Storage(
+                self.t, round_block(param.numel * param.dtype.size), Kind.WEIGHTS, param.owner
+            )
+        self.t.empty_cache()
 
     # -- building blocks ----------------------------------------------------------------------
 
@@ -199,12 +214,15 @@ class Built:
     ) -> Param:
         if trainable is None:
             trainable = self.job.method == "full"
-        storage = Storage(self.t, round_block(numel * dtype.size), kind, owner)
+        loaded = self.job.weight_dtype
+        cast = kind is Kind.WEIGHTS and dtype is not loaded and copies == 1
+        size = loaded.size if cast else dtype.size
+        storage = Storage(self.t, round_block(numel * size), kind, owner)
         param = Param(storage, numel, dtype, trainable, owner, copies)
+        if cast:
+            self._to_cast.append(param)
         param.rows = rows
         self.params.append(param)
-        if kind is Kind.ADAPTERS:
-            self.adapter_bytes += storage.nbytes * copies
         if trainable:
             self.trainable.append(param)
             self.num_trainable += numel * copies
@@ -275,8 +293,12 @@ class Built:
         job = self.job
         rows, columns = spec.out_features, spec.in_features
         fmt = QUANT_FORMATS[job.quant_type]
+        # the whole weight comes to the device first and goes when it is quantised
+        whole = rows * columns * job.weight_dtype.size
+        loaded = Storage(self.t, round_block(whole), Kind.WEIGHTS, owner)
         for _name, nbytes in fmt.parts(rows, columns, job.double_quant):
             self._hold(nbytes, Kind.WEIGHTS, owner)
+        del loaded
         bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
         layer = Linear(spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype)
         if fmt.block:

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 from vramplan.calibration import Calibration, calibration_for
 from vramplan.estimate import DEFAULT_CAPABILITY, Estimate, estimate
 from vramplan.job import Job
-from vramplan.model import LinearSpec, Model
+from vramplan.model import Model
 from vramplan.replay import Replay
 from vramplan.timeline import Kind, Peak
-from vramplan.units import round_block
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
 
 
-# The replayed smallest limit was within 0.5 % of the tried ones that bracket it, once just below a
-# limit that failed; a verdict keeps this distance.
+# Limits that were really tried lie up to 2 % above the replayed smallest one; a verdict keeps this
+# distance.
 LIMIT_MARGIN = 0.03
 
 
@@ -31,7 +30,6 @@ class Prediction:
         calibration: The measured constants it uses.
         cache: What the caching allocator makes of the walk.
         process_bytes: What the process holds beyond reserved memory.
-        load_peak_bytes: Largest allocated while the model is loaded and prepared.
         download_bytes: The checkpoint on disk.
         adapter_bytes: What training saves: the adapter, or the whole model.
     """
@@ -42,7 +40,6 @@ class Prediction:
     calibration: Calibration
     cache: ReplayedCache | SimilarCache
     process_bytes: int
-    load_peak_bytes: int
     download_bytes: int
     adapter_bytes: int
 
@@ -50,6 +47,15 @@ class Prediction:
     def ready_bytes(self) -> int:
         """Allocated when training is about to start."""
         return self.estimate.ready_bytes
+
+    @property
+    def load_peak_bytes(self) -> int:
+        """Largest allocated while the model is loaded, quantised and prepared.
+
+        Known limitations:
+            One weight at a time; transformers may have a few more in flight.
+        """
+        return self.estimate.load_peak_bytes
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -172,7 +178,6 @@ def predict(
         calibration=calibration,
         cache=cache,
         process_bytes=calibration.overhead_bytes,
-        load_peak_bytes=load_peak(model, job, walked),
         download_bytes=model.num_parameters * model.dims.dtype.size,
         adapter_bytes=_saved_bytes(model, job, walked),
     )
@@ -219,23 +224,6 @@ class SimilarCache:
     def min_limit_bytes(self) -> int:
         """Roughly the smallest limit at which it runs."""
         return self._least
-
-
-def load_peak(model: Model, job: Job, walked: Estimate) -> int:
-    """Largest allocated while loading and preparing, on the device.
-
-    Loading quantises one weight at a time; preparing for k-bit training casts one unquantised
-    parameter at a time to fp32.
-
-    Source: transformers 5.17 ``core_model_loading.py``; peft 0.21 ``utils/other.py``.
-    """
-    arch = model.architecture
-    linears = [m for m in (*arch.block, arch.head) if isinstance(m, LinearSpec)]
-    size = job.weight_dtype.size
-    largest = max(m.in_features * m.out_features for m in linears)
-    plain = max(arch.embedding.num_parameters, arch.head.num_parameters)
-    extra = round_block(max(largest, plain) * size) if job.quantised else 0
-    return max(walked.ready_bytes, walked.base_bytes + extra)
 
 
 def _saved_bytes(model: Model, job: Job, walked: Estimate) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vramplan.allocator import SMALL_BUFFER, SMALL_SIZE, Block, CachingAllocator, OutOfMemory
-from vramplan.timeline import Event, Kind, Phase, Section, Timeline
+from vramplan.timeline import BEFORE_TRAINING, Event, Kind, Phase, Section, Timeline
 
 Request = tuple[int, int]  # (block identity, bytes); negative bytes release it
-STATIC = (Phase.LOAD, Phase.PREPARE)
+EMPTY_CACHE = 0  # marks: blocks of no bytes
+TRAINING_BEGINS = -1
 LIMIT_RESOLUTION = 32 * 1024**2
 
 
@@ -70,20 +71,22 @@ def _split_pools(timeline: Timeline) -> tuple[Timeline, Timeline]:
     for section in timeline.sections:
         pools: tuple[list[Event], list[Event]] = ([], [])
         for event in section.events:
-            pools[-SMALL_SIZE <= event.nbytes <= SMALL_SIZE].append(event)
+            small_one = event.block > 0 and -SMALL_SIZE <= event.nbytes <= SMALL_SIZE
+            pools[small_one].append(event)
         large.append(Section(tuple(pools[0]), section.repeats))
         small.append(Section(tuple(pools[1]), section.repeats))
     return Timeline(tuple(large)), Timeline(tuple(small))
 
 
 def _peak(timeline: Timeline) -> int:
-    """Most bytes live at once, repeated sections folded."""
+    """Most bytes live at once while training, repeated sections folded."""
     live = best = 0
     for section in timeline.sections:
         start, top = live, live
         for event in section.events:
             live += event.nbytes * event.copies
-            top = max(top, live)
+            if event.phase not in BEFORE_TRAINING:
+                top = max(top, live)
         more = section.repeats - 1
         best = max(best, top + max(0, live - start) * more)
         live += (live - start) * more
@@ -98,12 +101,14 @@ def _in_order(timeline: Timeline) -> list[Request]:
     for section in timeline.sections:
         kept: tuple[list[Event], list[Event], list[Event]] = ([], [], [])
         for event in section.events:
-            if event.phase not in STATIC:
+            if event.phase not in BEFORE_TRAINING:
                 kept[2].append(event)
             else:
                 kept[event.kind is Kind.OPTIMIZER].append(event)
         for sections, events in zip((load, state, steps), kept, strict=True):
             sections.append(Section(tuple(events), section.repeats))
+    begin = Event(TRAINING_BEGINS, 0, Kind.BATCH, "", Phase.PREPARE)
+    load.append(Section((begin,)))
     if not any(section.events for section in state):
         return unroll(Timeline((*load, *steps)))
     walk = [
@@ -138,6 +143,9 @@ def unroll(timeline: Timeline) -> list[Request]:
                         fresh += 1
                         live.append(fresh)
                         append((fresh, nbytes))
+                    continue
+                if nbytes == 0:  # a mark
+                    append((block, 0))
                     continue
                 oldest = False
                 if last and (index, block) in handed_on:
@@ -201,6 +209,10 @@ def replay(requests: Iterable[Request], limit: int | None = None) -> CachingAllo
     for identity, nbytes in requests:
         if nbytes > 0:
             live[identity] = malloc(nbytes)
-        else:
+        elif nbytes < 0:
             free(live.pop(identity))
+        elif identity == EMPTY_CACHE:
+            allocator.empty_cache()
+        else:
+            allocator.peak_allocated = allocator.allocated
     return allocator

@@ -241,6 +241,10 @@ class Tape:
             self._sections.append((self.events, repeats))
             self.events = []
 
+    def empty_cache(self) -> None:
+        """Write a call of torch.cuda.empty_cache (a block 0 of no bytes)."""
+        self.events.append((0, 0, Kind.WORKSPACE, "empty_cache", self.phase, 1))
+
     def finish(self) -> None:
         """End the run: what is released after it (by dropping the model) is not part of it."""
         self._close_section(1)

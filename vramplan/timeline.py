@@ -44,6 +44,9 @@ class Phase(enum.StrEnum):
     __hash__ = object.__hash__
 
 
+BEFORE_TRAINING = (Phase.LOAD, Phase.PREPARE)
+
+
 class Event(NamedTuple):
     """One allocation (``nbytes`` > 0) or release (``nbytes`` < 0).
 
@@ -95,7 +98,7 @@ class Timeline:
             yield from section.events
 
     def peak(self) -> Peak:
-        """Find the fullest moment and what the memory is used for at it.
+        """Find the fullest moment of training and what the memory is used for at it.
 
         Returns:
             The peak over the whole timeline; its parts sum exactly to its ``nbytes``.
@@ -143,14 +146,14 @@ _Best = tuple[int, Phase, str, dict[tuple[Kind, str], int]]
 def _walk(
     events: tuple[Event, ...], live: dict[tuple[Kind, str], int], total: int, best: _Best
 ) -> tuple[int, _Best]:
-    """Apply events to ``live`` in place; remember the fullest moment."""
+    """Apply events to ``live`` in place; remember the fullest moment of training."""
     top = best[0]
     for event in events:
         key = (event.kind, event.owner)
         size = event.nbytes * event.copies
         live[key] = live.get(key, 0) + size
         total += size
-        if total > top:
+        if total > top and event.phase not in BEFORE_TRAINING:
             top = total
             best = (total, event.phase, event.owner, dict(live))
     return total, best

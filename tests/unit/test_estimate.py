@@ -14,7 +14,7 @@ from vramplan.catalogue import find_model, model_from_config
 from vramplan.estimate import estimate
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
-from vramplan.prediction import job_for, judge, predict, usable_bytes
+from vramplan.prediction import LIMIT_MARGIN, job_for, judge, predict, usable_bytes
 from vramplan.replay import unroll
 from vramplan.resources import profiles_dir
 from vramplan.timeline import Kind
@@ -22,6 +22,7 @@ from vramplan.timeline import Kind
 GIB = 1024**3
 RUNS = sorted((profiles_dir() / "calibrations" / "h100-sxm-80gb" / "runs").glob("*.json"))
 DONE = [p for p in RUNS if "limit" not in p.stem]
+LIMITED = [p for p in RUNS if "limit" in p.stem]
 
 TINY = {
     "llama": {"num_key_value_heads": 2},
@@ -96,9 +97,9 @@ def test_folded_layers_equal_written_out_ones(family: str, job: Job, layers: int
         if nbytes > 0:
             assert identity not in alive
             alive.add(identity)
-        else:
+        elif nbytes < 0:  # no bytes: a mark
             alive.remove(identity)
-    assert best == walked.peak_allocated_bytes
+    assert best == max(walked.peak_allocated_bytes, walked.load_peak_bytes)
     assert live == walked.static_bytes
 
 
@@ -117,13 +118,12 @@ def test_more_of_anything_never_takes_less(family: str, job: Job) -> None:
 
 @pytest.mark.parametrize("path", DONE, ids=lambda p: p.stem)
 def test_recorded_runs(path: Path) -> None:
-    """Peak allocated of a real run, within 0.5 %; its optimizer state to the byte of its blocks."""
+    """Peak allocated of a real run, within 0.5 %; its paged state to the byte."""
     record = read_record(path)
     model = model_from_config(record["config"], record["model"])
     prediction = predict(model, Job.from_dict(record["job"]), find_gpu("h100-sxm-80gb"))
-    slack = 0.015 if record["model"] == "llama-33b" else 0.005  # unsplit blocks of the load
     assert prediction.peak_allocated_bytes == pytest.approx(
-        record["peak_allocated_bytes"], rel=slack
+        record["peak_allocated_bytes"], rel=0.005
     )
     assert prediction.estimate.num_trainable == record["num_trainable"]
     assert prediction.paged_bytes == record["paged_bytes"]
@@ -131,20 +131,17 @@ def test_recorded_runs(path: Path) -> None:
     assert prediction.ready_bytes <= record["ready_bytes"]
 
 
-def test_limits_that_were_tried() -> None:
-    """The predicted smallest limit of GPT-J at 4 x 1024 lies where the real one does."""
-    limits = {
-        status: [
-            record["limit_bytes"]
-            for record in map(read_record, RUNS)
-            if record["name"].startswith("gpt-j-6b-qlora-4x1024-limit")
-            and record["status"] == status
-        ]
-        for status in ("oom", "done")
-    }
-    job = Job(batch_size=4, seq_len=1024)
-    predicted = predict(find_model("gpt-j-6b"), job, find_gpu("h100")).min_limit_bytes
-    assert max(limits["oom"]) < predicted < min(limits["done"]) * 1.01
+@pytest.mark.parametrize("path", LIMITED, ids=lambda p: p.stem)
+def test_limits_that_were_tried(path: Path) -> None:
+    """Within the verdict's margin: what ran is not called impossible, what failed not easy."""
+    record = read_record(path)
+    model = model_from_config(record["config"], record["model"])
+    prediction = predict(model, Job.from_dict(record["job"]), find_gpu("h100-sxm-80gb"))
+    share = prediction.min_limit_bytes / record["limit_bytes"]
+    if record["status"] == "done":
+        assert share < 1 + LIMIT_MARGIN
+    else:
+        assert share > 1 - LIMIT_MARGIN
 
 
 # The claims of the article on QLoRA that this project began from.

@@ -67,7 +67,7 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
         "bounds": {
             "peak_reserved_bytes": "allocator replay",
             "min_limit_bytes": "allocator replay under a limit",
-            "load_peak_bytes": "bound",
+            "load_peak_bytes": "one weight at a time",
             "host_ram_bytes": "bound",
         },
     }

@@ -85,7 +85,7 @@ def print_numbers(prediction: Prediction) -> None:
         ("peak reserved", prediction.peak_reserved_bytes, "torch max_memory_reserved, roomy card"),
         ("device peak", prediction.device_peak_bytes, "the process in nvidia-smi, roomy card"),
         ("smallest limit", prediction.min_limit_bytes, "reserved bytes it can be held to"),
-        ("load peak", prediction.load_peak_bytes, "while loading and preparing (bound)"),
+        ("load peak", prediction.load_peak_bytes, "while loading and preparing"),
         ("paged", prediction.paged_bytes, "optimizer state that can leave the card"),
         ("host RAM", prediction.host_ram_bytes, "of the process, paged state evicted (bound)"),
         ("download", prediction.download_bytes, "the checkpoint on disk"),
