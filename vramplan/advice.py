@@ -87,10 +87,6 @@ class Adviser:
             self._known[job] = prediction, judge(prediction, self.name, self.usable_bytes)
         return self._known[job]
 
-    def fits(self, job: Job) -> bool:
-        """Whether a variant fits unhurried."""
-        return self.try_job(job)[1].verdict == "fits"
-
     # -- what there is room for ----------------------------------------------------------------
 
     def largest(self) -> list[Advice]:

@@ -25,8 +25,6 @@ FP32 = Dtype("fp32", 4, "float32")
 BF16 = Dtype("bf16", 2, "bfloat16")
 FP16 = Dtype("fp16", 2, "float16")
 INT64 = Dtype("int64", 8, "int64")
-INT8 = Dtype("int8", 1, "int8")
-UINT8 = Dtype("uint8", 1, "uint8")
 BOOL = Dtype("bool", 1, "bool")
 
 DTYPES = {dtype.name: dtype for dtype in (BF16, FP16, FP32)}

@@ -141,16 +141,6 @@ class Layer:
     norms: dict[str, Norm] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class ParamFacts:
-    """One parameter for the optimizer: elements, first dimension, dtype, how many equal ones."""
-
-    numel: int
-    rows: int
-    dtype: Dtype
-    copies: int
-
-
 class Built:
     """A model on the tape: layers to run and everything that occupies memory before training.
 

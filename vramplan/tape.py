@@ -76,11 +76,6 @@ class Tensor:
         self.node = node
         self.aliased = False
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether backward has to go through this tensor."""
-        return self.node is not None
-
 
 def alias(x: Tensor) -> Tensor:
     """Another tensor over the same storage, as view operations make."""
@@ -135,7 +130,6 @@ class StopRecomputation(Exception):
 
 
 Saved = Tensor | Holder
-Edge = "Node | Param | None"
 BackwardFn = Callable[["Tape", "Node", Tensor], Sequence[Tensor | None]]
 
 
