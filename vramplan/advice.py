@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.errors import UsageError
 from vramplan.job import Job
@@ -41,8 +41,7 @@ class Advice:
     verdict: str
 
 
-@dataclass(frozen=True, slots=True)
-class Switch:
+class Switch(NamedTuple):
     """A change that can be tried: fields to replace and how to say it."""
 
     change: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from vramplan.formats import BF16, Dtype
 
@@ -44,8 +44,7 @@ class Dims:
     dtype: Dtype = BF16
 
 
-@dataclass(frozen=True, slots=True)
-class LinearSpec:
+class LinearSpec(NamedTuple):
     """An ``nn.Linear``: weight [out_features, in_features] and maybe a bias."""
 
     name: str
@@ -59,8 +58,7 @@ class LinearSpec:
         return self.in_features * self.out_features + (self.out_features if self.bias else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class NormSpec:
+class NormSpec(NamedTuple):
     """A norm layer: one weight of ``size`` elements, and a bias if it is a LayerNorm."""
 
     name: str
@@ -73,8 +71,7 @@ class NormSpec:
         return self.size * (2 if self.bias else 1)
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingSpec:
+class EmbeddingSpec(NamedTuple):
     """An ``nn.Embedding``: a table [num_embeddings, width]."""
 
     name: str

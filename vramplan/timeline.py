@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -67,16 +66,14 @@ class Event(NamedTuple):
     copies: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """A stretch of events that the run performs ``repeats`` times, once per identical layer."""
 
     events: tuple[Event, ...]
     repeats: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
+class Peak(NamedTuple):
     """The fullest moment of a run."""
 
     nbytes: int
@@ -86,8 +83,7 @@ class Peak:
     by_owner: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Timeline:
+class Timeline(NamedTuple):
     """Sections in the order in which the run performs them."""
 
     sections: tuple[Section, ...]
