@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vramplan.allocator import SMALL_BUFFER, SMALL_SIZE, Block, CachingAllocator, OutOfMemory
-from vramplan.timeline import BEFORE_TRAINING, Event, Kind, Phase, Section, Timeline
+from vramplan.timeline import BEFORE_TRAINING, Event, Kind, Phase, Section, Timeline, handed_on
 
 Request = tuple[int, int]  # (block identity, bytes); negative bytes release it
 EMPTY_CACHE = 0  # marks: blocks of no bytes
@@ -126,10 +126,10 @@ def unroll(timeline: Timeline) -> list[Request]:
 
     Blocks that a repeated section leaves behind for a later one are released latest first: backward
     meets the layers in reverse. Blocks that one layer hands to the next (hidden states, their
-    gradients) are matched by ``_handed_on``.
+    gradients) are matched by ``handed_on``.
     """
     born: dict[int, list[int]] = {}  # block -> live identities, oldest first
-    handed_on = _handed_on(timeline)
+    twins = handed_on(timeline)
     requests: list[Request] = []
     append = requests.append
     fresh = 0
@@ -148,8 +148,8 @@ def unroll(timeline: Timeline) -> list[Request]:
                     append((block, 0))
                     continue
                 oldest = False
-                if last and (index, block) in handed_on:
-                    twin, oldest = handed_on[index, block]
+                if last and (index, block) in twins:
+                    twin, oldest = twins[index, block]
                     own = repetition == (0 if oldest else last)
                     live = born[block if own else twin]
                     oldest = oldest and not own
@@ -158,43 +158,6 @@ def unroll(timeline: Timeline) -> list[Request]:
                 for _ in range(min(copies, len(live))):
                     append((live.pop(0 if oldest else -1), nbytes))
     return requests
-
-
-def _handed_on(timeline: Timeline) -> dict[tuple[int, int], tuple[int, bool]]:
-    """Match what a repeated section releases of its outer neighbour with its own equivalent.
-
-    The written-out layer releases a block F of the layer before it; its own equivalent Y is
-    released, once, by the layer after it. Of k repetitions one releases F, the others a Y: in the
-    walk that made them (chained) F goes first, in the reversed walk F goes last.
-
-    Returns:
-        (section, F) -> (Y, chained).
-    """
-    home: dict[int, int] = {}
-    size: dict[int, int] = {}
-    left: dict[int, list[int]] = {}  # repeated section -> its blocks released once elsewhere
-    taken: dict[int, list[int]] = {}  # repeated section -> outer blocks it releases
-    repeats = [section.repeats for section in timeline.sections]
-    for index, section in enumerate(timeline.sections):
-        for event in section.events:
-            if event.nbytes > 0:
-                home[event.block], size[event.block] = index, event.nbytes
-            elif event.copies == 1 and event.block in home:
-                source = home[event.block]
-                if repeats[index] == 1 and repeats[source] > 1:
-                    left.setdefault(source, []).append(event.block)
-                elif repeats[index] > 1 and repeats[source] == 1:
-                    taken.setdefault(index, []).append(event.block)
-    matches: dict[tuple[int, int], tuple[int, bool]] = {}
-    for index, blocks in taken.items():
-        for block in blocks:
-            for source in (index, *sorted((s for s in left if s < index), reverse=True)):
-                twin = next((b for b in left.get(source, ()) if size[b] == size[block]), None)
-                if twin is not None:
-                    matches[index, block] = (twin, source == index)
-                    left[source].remove(twin)
-                    break
-    return matches
 
 
 def replay(requests: Iterable[Request], limit: int | None = None) -> CachingAllocator:

@@ -106,7 +106,9 @@ class Timeline(NamedTuple):
         live: dict[tuple[Kind, str], int] = {}
         total = 0
         best = (-1, Phase.LOAD, "", dict(live))
-        for section in self.sections:
+        twins = handed_on(self)
+        keys = {e.block: (e.kind, e.owner) for e in self.events() if e.nbytes > 0}
+        for index, section in enumerate(self.sections):
             first = dict(live)
             base = total
             total, best = _walk(section.events, live, total, best)
@@ -116,15 +118,22 @@ class Timeline(NamedTuple):
             change = {
                 key: live.get(key, 0) - first.get(key, 0) for key in live.keys() | first.keys()
             }
+            # the other repetitions release their own equivalent of what this one was handed
+            own: dict[tuple[Kind, str], int] = {}
+            for event in section.events:
+                if event.nbytes < 0 and (index, event.block) in twins:
+                    key, twin = keys[event.block], keys[twins[index, event.block][0]]
+                    own[key] = own.get(key, 0) - event.nbytes
+                    own[twin] = own.get(twin, 0) + event.nbytes
             step = total - base
-            if step > 0:
-                # the last repetition starts from (repeats - 1) times the change of one
-                for key, delta in change.items():
-                    live[key] = first.get(key, 0) + more * delta
+            fullest_last = step > 0
+            for key in change.keys() | own.keys():
+                again = change.get(key, 0) + own.get(key, 0)
+                start = own.get(key, 0) if fullest_last else again
+                live[key] = live.get(key, 0) + (more - 1) * again + start
+            if fullest_last:
                 total, best = _walk(section.events, live, base + more * step, best)
             else:
-                for key, delta in change.items():
-                    live[key] = first.get(key, 0) + section.repeats * delta
                 total = base + section.repeats * step
         nbytes, phase, owner, snapshot = best
         by_kind: dict[Kind, int] = {}
@@ -132,11 +141,20 @@ class Timeline(NamedTuple):
         for (kind, name), size in snapshot.items():
             if size:
                 by_kind[kind] = by_kind.get(kind, 0) + size
-                by_owner[name] = by_owner.get(name, 0) + size
+                module = _any_layer(name)
+                by_owner[module] = by_owner.get(module, 0) + size
         return Peak(nbytes, phase, owner, by_kind, by_owner)
 
 
 _Best = tuple[int, Phase, str, dict[tuple[Kind, str], int]]
+
+
+def _any_layer(owner: str) -> str:
+    """The owner in any layer: ``model.layers.0.mlp`` becomes ``model.layers.*.mlp``.
+
+    Blocks that one layer hands to the next are booked to either; only their sum is exact.
+    """
+    return ".".join("*" if part.isdigit() else part for part in owner.split("."))
 
 
 def _walk(
@@ -153,3 +171,40 @@ def _walk(
             top = total
             best = (total, event.phase, event.owner, dict(live))
     return total, best
+
+
+def handed_on(timeline: Timeline) -> dict[tuple[int, int], tuple[int, bool]]:
+    """Match what a repeated section releases of its outer neighbour with its own equivalent.
+
+    The written-out layer releases a block F of the layer before it; its own equivalent Y is
+    released, once, by the layer after it. Of k repetitions one releases F, the others a Y: in the
+    walk that made them (chained) F goes first, in the reversed walk F goes last.
+
+    Returns:
+        (section, F) -> (Y, chained).
+    """
+    home: dict[int, int] = {}
+    size: dict[int, int] = {}
+    left: dict[int, list[int]] = {}  # repeated section -> its blocks released once elsewhere
+    taken: dict[int, list[int]] = {}  # repeated section -> outer blocks it releases
+    repeats = [section.repeats for section in timeline.sections]
+    for index, section in enumerate(timeline.sections):
+        for event in section.events:
+            if event.nbytes > 0:
+                home[event.block], size[event.block] = index, event.nbytes
+            elif event.copies == 1 and event.block in home:
+                source = home[event.block]
+                if repeats[index] == 1 and repeats[source] > 1:
+                    left.setdefault(source, []).append(event.block)
+                elif repeats[index] > 1 and repeats[source] == 1:
+                    taken.setdefault(index, []).append(event.block)
+    matches: dict[tuple[int, int], tuple[int, bool]] = {}
+    for index, blocks in taken.items():
+        for block in blocks:
+            for source in (index, *sorted((s for s in left if s < index), reverse=True)):
+                twin = next((b for b in left.get(source, ()) if size[b] == size[block]), None)
+                if twin is not None:
+                    matches[index, block] = (twin, source == index)
+                    left[source].remove(twin)
+                    break
+    return matches

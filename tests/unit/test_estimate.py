@@ -75,6 +75,7 @@ def test_books_balance(family: str, job: Job, layers: int) -> None:
     peak = walked.timeline.peak()
     assert sum(peak.by_kind.values()) == peak.nbytes == sum(peak.by_owner.values())
     assert all(size >= 0 for size in peak.by_kind.values())
+    assert all(size >= 0 for size in peak.by_owner.values())
     assert peak.nbytes == walked.peak_allocated_bytes
     live = sum(
         event.nbytes * event.copies * section.repeats
