@@ -87,7 +87,11 @@ def attention_of(family: Family, job: Job) -> str:
 
 
 def estimate(
-    model: Model, job: Job, *, capability: tuple[int, int] = DEFAULT_CAPABILITY
+    model: Model,
+    job: Job,
+    *,
+    capability: tuple[int, int] = DEFAULT_CAPABILITY,
+    workspace_bytes: int | None = None,
 ) -> Estimate:
     """Predict the memory of one job.
 
@@ -96,6 +100,8 @@ def estimate(
         job: The job.
         capability: Compute capability of the card, which decides cuBLAS's workspaces and the
             attention kernel.
+        workspace_bytes: cuBLAS's workspaces of both threads as measured on the card; None for
+            what PyTorch gives that generation.
 
     Returns:
         Its numbers, all in bytes as torch's allocator counts them.
@@ -103,13 +109,15 @@ def estimate(
     Raises:
         UsageError: If the job does not go with the model.
     """
-    return Step(model, job, capability).run()
+    return Step(model, job, capability, workspace_bytes).run()
 
 
 class Step:
     """Walks one steady step of a job."""
 
-    def __init__(self, model: Model, job: Job, capability: tuple[int, int]) -> None:
+    def __init__(
+        self, model: Model, job: Job, capability: tuple[int, int], workspace_bytes: int | None
+    ) -> None:
         self.model = model
         self.job = job
         self.family = find_family(model.family)
@@ -126,7 +134,13 @@ class Step:
             job.tokens,
             capability=capability,
         )
-        self.workspace_bytes = CUBLAS_WORKSPACE_HOPPER if capability[0] == 9 else CUBLAS_WORKSPACE
+        self.workspace_bytes = (
+            workspace_bytes // 2
+            if workspace_bytes is not None
+            else CUBLAS_WORKSPACE_HOPPER
+            if capability[0] == 9
+            else CUBLAS_WORKSPACE
+        )
         self.marks: list[int] = []
 
     def run(self) -> Estimate:

@@ -127,6 +127,11 @@ class Job:
         return self.method == "qlora"
 
     @property
+    def uses_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes' kernels are loaded."""
+        return self.quantised or self.optimizer.library == "bitsandbytes"
+
+    @property
     def weight_dtype(self) -> Dtype:
         """Dtype of the loaded (unquantised) weights."""
         return find_dtype(self.dtype)

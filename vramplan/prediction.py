@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from vramplan.calibration import Calibration, calibration_for
 from vramplan.estimate import DEFAULT_CAPABILITY, Estimate, estimate
 from vramplan.job import Job
 from vramplan.model import Model
+from vramplan.profile import Profile, profile_for
 from vramplan.replay import Replay
 from vramplan.timeline import Kind, Peak
 
@@ -27,7 +27,7 @@ class Prediction:
 
     Attributes:
         estimate: The walk behind it.
-        calibration: The measured constants it uses.
+        profile: The measured constants it uses.
         cache: What the caching allocator makes of the walk.
         process_bytes: What the process holds beyond reserved memory.
         download_bytes: The checkpoint on disk.
@@ -37,7 +37,7 @@ class Prediction:
     job: Job
     model: Model
     estimate: Estimate
-    calibration: Calibration
+    profile: Profile
     cache: ReplayedCache | SimilarCache
     process_bytes: int
     download_bytes: int
@@ -75,12 +75,12 @@ class Prediction:
     @property
     def context_bytes(self) -> int:
         """A CUDA context alone."""
-        return self.calibration.context_bytes
+        return self.profile.context_bytes
 
     @property
     def device_peak_bytes(self) -> int:
         """What the driver shows for the process on a roomy card, paged state included."""
-        managed = self.calibration.managed_bytes(self.paged_bytes)
+        managed = self.profile.managed_bytes(self.paged_bytes)
         return self.peak_reserved_bytes + self.process_bytes + managed
 
     @property
@@ -91,7 +91,7 @@ class Prediction:
     @property
     def host_ram_bytes(self) -> int:
         """Host memory of the process, with all paged state evicted to it."""
-        return self.calibration.host_bytes + self.paged_bytes
+        return self.profile.host_bytes + self.paged_bytes
 
     @property
     def optimizer_file_bytes(self) -> int:
@@ -164,8 +164,10 @@ def predict(
         UsageError: If the job does not go with the model.
     """
     capability = gpu.compute_capability if gpu else DEFAULT_CAPABILITY
-    walked = estimate(model, job, capability=capability)
-    calibration = calibration_for(gpu.slug if gpu else None)
+    profile = profile_for(gpu.slug if gpu else None)
+    walked = estimate(
+        model, job, capability=capability, workspace_bytes=profile.cublas_workspace_bytes
+    )
     cache: ReplayedCache | SimilarCache
     if like is None:
         cache = ReplayedCache(Replay(walked.timeline), walked)
@@ -175,9 +177,9 @@ def predict(
         job=job,
         model=model,
         estimate=walked,
-        calibration=calibration,
+        profile=profile,
         cache=cache,
-        process_bytes=calibration.overhead_bytes,
+        process_bytes=profile.process_bytes(bitsandbytes=job.uses_bitsandbytes),
         download_bytes=model.num_parameters * model.dims.dtype.size,
         adapter_bytes=_saved_bytes(model, job, walked),
     )
@@ -237,7 +239,7 @@ def usable_bytes(gpu: Gpu) -> int | None:
     """What a process can have of a card nobody else uses, in bytes; None if not known."""
     if gpu.memory_bytes is None:
         return None
-    return gpu.memory_bytes - calibration_for(gpu.slug).driver_reserved_bytes
+    return gpu.memory_bytes - profile_for(gpu.slug).driver_reserved_bytes
 
 
 def judge(prediction: Prediction, name: str, usable_bytes: int) -> Verdict:

@@ -7,8 +7,12 @@ layers are written once: an event carries how many equal copies of it the run ma
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from vramplan.errors import RecordError
+
+SCHEMA_VERSION = 1
 
 
 class Kind(enum.StrEnum):
@@ -81,6 +85,7 @@ class Peak(NamedTuple):
     owner: str
     by_kind: dict[Kind, int]
     by_owner: dict[str, int]
+    by_kind_and_owner: dict[tuple[Kind, str], int]
 
 
 class Timeline(NamedTuple):
@@ -138,12 +143,14 @@ class Timeline(NamedTuple):
         nbytes, phase, owner, snapshot = best
         by_kind: dict[Kind, int] = {}
         by_owner: dict[str, int] = {}
+        both: dict[tuple[Kind, str], int] = {}
         for (kind, name), size in snapshot.items():
             if size:
-                by_kind[kind] = by_kind.get(kind, 0) + size
                 module = _any_layer(name)
+                by_kind[kind] = by_kind.get(kind, 0) + size
                 by_owner[module] = by_owner.get(module, 0) + size
-        return Peak(nbytes, phase, owner, by_kind, by_owner)
+                both[kind, module] = both.get((kind, module), 0) + size
+        return Peak(nbytes, phase, owner, by_kind, by_owner, both)
 
 
 _Best = tuple[int, Phase, str, dict[tuple[Kind, str], int]]
@@ -208,3 +215,67 @@ def handed_on(timeline: Timeline) -> dict[tuple[int, int], tuple[int, bool]]:
                     left[source].remove(twin)
                     break
     return matches
+
+
+def timeline_document(timeline: Timeline) -> dict[str, Any]:
+    """The compact JSON form of a timeline: names once, one short list per event."""
+    names: dict[str, int] = {}
+    kinds, phases = list(Kind), list(Phase)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kinds": [kind.value for kind in kinds],
+        "phases": [phase.value for phase in phases],
+        "sections": [
+            {
+                "repeats": section.repeats,
+                "events": [
+                    [
+                        event.block,
+                        event.nbytes,
+                        kinds.index(event.kind),
+                        names.setdefault(event.owner, len(names)),
+                        phases.index(event.phase),
+                        event.copies,
+                    ]
+                    for event in section.events
+                ],
+            }
+            for section in timeline.sections
+        ],
+        "owners": list(names),
+    }
+
+
+def timeline_from_document(document: Mapping[str, Any], where: str) -> Timeline:
+    """The timeline of its JSON form.
+
+    Args:
+        document: What ``timeline_document`` made.
+        where: How to name it in errors.
+
+    Raises:
+        RecordError: If it is of a newer version or broken.
+    """
+    try:
+        if document["schema_version"] > SCHEMA_VERSION:
+            raise RecordError(
+                f"{where} has schema_version {document['schema_version']}; this vramplan reads up "
+                f"to {SCHEMA_VERSION}, update it"
+            )
+        kinds = [Kind(name) for name in document["kinds"]]
+        phases = [Phase(name) for name in document["phases"]]
+        owners = [str(name) for name in document["owners"]]
+        return Timeline(
+            tuple(
+                Section(
+                    tuple(
+                        Event(int(block), int(nbytes), kinds[k], owners[o], phases[p], int(copies))
+                        for block, nbytes, k, o, p, copies in section["events"]
+                    ),
+                    int(section["repeats"]),
+                )
+                for section in document["sections"]
+            )
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise RecordError(f"{where} is not a usable timeline: {error!r}") from None

@@ -77,3 +77,20 @@ def format_count(count: int) -> str:
     if count >= 10**6:
         return f"{count / 1e6:.1f} M"
     return f"{count:,}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a time for people: ``1.24 s``, ``83 ms``, ``5.2 us``."""
+    if seconds >= 1:
+        return f"{seconds:,.2f} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def format_rate(per_s: float, what: str) -> str:
+    """Write a rate for people: ``4,970 tokens/s``, ``712 Tflop/s``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if per_s >= factor:
+            return f"{per_s / factor:.3g} {prefix}{what}/s"
+    return f"{per_s:,.0f} {what}/s"

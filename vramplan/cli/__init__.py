@@ -38,7 +38,14 @@ def _root(
     """Options of vramplan itself."""
 
 
-COMMANDS = {"fit": "fit", "estimate": "estimate", "gpus": "catalogues", "models": "catalogues"}
+COMMANDS = {
+    "fit": "fit",
+    "estimate": "estimate",
+    "measure": "measure",
+    "calibrate": "calibrate",
+    "gpus": "catalogues",
+    "models": "catalogues",
+}
 
 
 def _register(named: list[str]) -> None:

@@ -42,7 +42,7 @@ def model_document(model: Model) -> dict[str, Any]:
 
 def prediction_document(prediction: Prediction) -> dict[str, Any]:
     """Every number, in bytes; null is "not known"."""
-    calibration = prediction.calibration
+    profile = prediction.profile
     return {
         "witness": "estimate",
         "ready_bytes": prediction.ready_bytes,
@@ -62,8 +62,9 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
         "tokens_per_s": None,
         "num_trainable": prediction.estimate.num_trainable,
         "flops_per_step": prediction.estimate.flops,
-        "calibration": calibration.name,
-        "calibration_borrowed": calibration.borrowed,
+        "calibration": profile.name,
+        "calibration_borrowed": profile.borrowed,
+        "calibration_doubt_bytes": profile.doubt_bytes,
         "bounds": {
             "peak_reserved_bytes": "allocator replay",
             "min_limit_bytes": "allocator replay under a limit",

@@ -5,49 +5,29 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
+from vramplan.job import Job
 from vramplan.prediction import Prediction, job_for, predict
 from vramplan.units import format_bytes, format_count
 
 
 @app.command()
+@o.with_job
 def estimate(
     model: o.ModelArgument,
+    *,
     gpu: Annotated[
         str | None, typer.Option(help="Card whose constants to use.", show_default=False)
     ] = None,
-    method: o.Method = "qlora",
-    batch_size: o.BatchSize = 1,
-    seq_len: o.SeqLen = 1024,
-    gradient_accumulation_steps: o.Accumulation = 1,
-    gradient_checkpointing: o.Checkpointing = True,
-    optim: o.Optim = None,
-    lora_r: o.LoraR = 16,
-    lora_dropout: o.LoraDropout = 0.0,
-    target_modules: o.TargetModules = "all-linear",
-    modules_to_save: o.ModulesToSave = "",
-    attn_implementation: o.Attention = None,
-    dtype: o.DtypeName = "bf16",
-    mixed_precision: o.MixedPrecision = "bf16",
-    quant_type: o.QuantType = "nf4",
-    double_quant: o.DoubleQuant = True,
-    prepare_kbit: o.PrepareKbit = True,
-    num_gpus: o.NumGpus = 1,
+    job: Job,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
     """The numbers of one job: memory by kind, host RAM and disk."""
-    job = o.make_job(
-        target_modules, modules_to_save, method=method, batch_size=batch_size, seq_len=seq_len,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        gradient_checkpointing=gradient_checkpointing, optim=optim, lora_r=lora_r,
-        lora_dropout=lora_dropout, attn_implementation=attn_implementation, dtype=dtype,
-        mixed_precision=mixed_precision, quant_type=quant_type, double_quant=double_quant,
-        prepare_kbit=prepare_kbit, num_gpus=num_gpus,
-    )  # fmt: skip
     found = find_model(model)
     o.check_length(found, job)
     card = None
@@ -99,3 +79,4 @@ def print_numbers(prediction: Prediction) -> None:
     out.print(f"At the peak ({peak.phase.value} of {peak.owner}):")
     parts = {kind.value: size for kind, size in prediction.breakdown().items()}
     output.print_parts(out, parts, prediction.peak_allocated_bytes, "peak allocated")
+    out.print(Text(output.profile_line(prediction.profile), style="dim"))

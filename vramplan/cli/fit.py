@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.text import Text
 
 from vramplan.advice import Advice, Adviser, least_number_of_cards
-from vramplan.calibration import DEFAULT_GPU
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
@@ -18,6 +17,7 @@ from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.job import Job
 from vramplan.model import Model
 from vramplan.prediction import Prediction, Verdict, job_for, judge, predict, usable_bytes
+from vramplan.profile import profile_for
 from vramplan.units import format_bytes, format_count, parse_size
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ class Answer(NamedTuple):
 
 
 @app.command()
+@o.with_job
 def fit(
     model: o.ModelArgument,
+    *,
     gpu: Annotated[
         list[str] | None,
         typer.Option(help="A card (see `vramplan gpus`), repeatable, or all.", show_default=False),
@@ -54,35 +56,11 @@ def fit(
         str | None,
         typer.Option(help="A plain memory size instead, such as 12GiB.", show_default=False),
     ] = None,
-    method: o.Method = "qlora",
-    batch_size: o.BatchSize = 1,
-    seq_len: o.SeqLen = 1024,
-    gradient_accumulation_steps: o.Accumulation = 1,
-    gradient_checkpointing: o.Checkpointing = True,
-    optim: o.Optim = None,
-    lora_r: o.LoraR = 16,
-    lora_dropout: o.LoraDropout = 0.0,
-    target_modules: o.TargetModules = "all-linear",
-    modules_to_save: o.ModulesToSave = "",
-    attn_implementation: o.Attention = None,
-    dtype: o.DtypeName = "bf16",
-    mixed_precision: o.MixedPrecision = "bf16",
-    quant_type: o.QuantType = "nf4",
-    double_quant: o.DoubleQuant = True,
-    prepare_kbit: o.PrepareKbit = True,
-    num_gpus: o.NumGpus = 1,
+    job: Job,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
     """Will the job fit? Exit code 0: yes, on a card at least; 1: on none; 2: could not answer."""
-    job = o.make_job(
-        target_modules, modules_to_save, method=method, batch_size=batch_size, seq_len=seq_len,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        gradient_checkpointing=gradient_checkpointing, optim=optim, lora_r=lora_r,
-        lora_dropout=lora_dropout, attn_implementation=attn_implementation, dtype=dtype,
-        mixed_precision=mixed_precision, quant_type=quant_type, double_quant=double_quant,
-        prepare_kbit=prepare_kbit, num_gpus=num_gpus,
-    )  # fmt: skip
     cards = find_cards(gpu or [], memory)
     found = find_model(model)
     o.check_length(found, job)
@@ -138,14 +116,15 @@ def find_cards(names: list[str], memory: str | None) -> list[Card]:
 
 def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
     """Judge the job on every card; cards that would run it alike share one prediction."""
-    shared: dict[tuple[Job, tuple[int, int], str], Prediction] = {}
+    shared: dict[tuple[Job, tuple[int, int], str, bool], Prediction] = {}
     answers = []
     for card in cards:
         own = job_for(job, card.gpu)
         capability = card.gpu.compute_capability if card.gpu else DEFAULT_CAPABILITY
-        # only the kernels change with the generation; constants are the reference card's or its own
+        # only the kernels change with the generation; constants are the card's own or borrowed
         generation = (min(max(capability[0], 7), 10), 0)
-        key = (own, generation, card.name if card.name == DEFAULT_GPU else "")
+        profile = profile_for(card.gpu.slug if card.gpu else None)
+        key = (own, generation, profile.name, profile.borrowed)
         if key not in shared:
             shared[key] = predict(model, own, card.gpu)
         prediction = shared[key]
@@ -274,18 +253,13 @@ def print_rows(out: Console, title: str, rows: list[Advice]) -> None:
 def print_assumptions(out: Console, model: Model, answer: Answer) -> None:
     """What the answer rests on."""
     job, prediction, card = answer.job, answer.prediction, answer.card
-    calibration = prediction.calibration
     lines = [
         f"{model.name}: {format_count(model.num_parameters)} parameters; download "
         f"{format_bytes(prediction.download_bytes)}, saved weights "
         f"{format_bytes(prediction.adapter_bytes)}, host RAM about "
         f"{format_bytes(prediction.host_ram_bytes)}."
     ]
-    if calibration.borrowed:
-        lines.append(
-            f"CUDA context and kernels are assumed from {calibration.name}; this card's may be up "
-            f"to {format_bytes(calibration.doubt_bytes)} smaller."
-        )
+    lines.append(output.profile_line(prediction.profile))
     if card.gpu is not None and not card.gpu.supports_bf16:
         lines.append("This card has no bf16: planned in fp16 with a gradient scaler.")
     if job.method == "full" and job.dtype != "fp32":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -11,50 +13,109 @@ from vramplan.errors import UsageError
 from vramplan.job import ALL_LINEAR, Job
 from vramplan.model import Model
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A shipped model (see `vramplan models`), a folder, a config.json, or a hub id.",
-        show_default=False,
-    ),
-]
+MODEL_HELP = "A shipped model (see `vramplan models`), a folder, a config.json, or a hub id."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 ExplainOption = Annotated[
     bool, typer.Option("--explain", help="Every term with its formula and its source.")
 ]
-Method = Annotated[str, typer.Option(help="full, lora or qlora.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences per device and micro-batch.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]
-Accumulation = Annotated[int, typer.Option(help="Micro-batches per optimizer step.")]
-Checkpointing = Annotated[bool, typer.Option(help="Recompute the layers in backward.")]
-Optim = Annotated[
-    str | None,
-    typer.Option(
-        help="transformers' optimizer name [default: paged_adamw_8bit for qlora, "
-        "else adamw_torch_fused].",
-        show_default=False,
+DEFAULT_JOB = Job()
+_JOB_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
+    # field of Job: (type, help, default)
+    "method": (str, "full, lora or qlora.", DEFAULT_JOB.method),
+    "batch_size": (int, "Sequences per device and micro-batch.", DEFAULT_JOB.batch_size),
+    "seq_len": (int, "Tokens per sequence.", DEFAULT_JOB.seq_len),
+    "gradient_accumulation_steps": (int, "Micro-batches per optimizer step.", 1),
+    "gradient_checkpointing": (bool, "Recompute the layers in backward.", True),
+    "optim": (
+        str,
+        "transformers' optimizer name [default: paged_adamw_8bit for qlora, else "
+        "adamw_torch_fused].",
+        None,
     ),
-]
-LoraR = Annotated[int, typer.Option(help="Rank of the adapters.")]
-LoraDropout = Annotated[float, typer.Option(help="Dropout before the adapters.")]
-TargetModules = Annotated[str, typer.Option(help="all-linear, or layer names separated by commas.")]
-ModulesToSave = Annotated[
-    str, typer.Option(help="Modules trained whole beside the adapters, separated by commas.")
-]
-Attention = Annotated[
-    str | None,
-    typer.Option(
-        help="eager, sdpa or flash_attention_2 [default: what transformers picks].",
-        show_default=False,
+    "lora_r": (int, "Rank of the adapters.", DEFAULT_JOB.lora_r),
+    "lora_dropout": (float, "Dropout before the adapters.", DEFAULT_JOB.lora_dropout),
+    "target_modules": (str, "all-linear, or layer names separated by commas.", ALL_LINEAR),
+    "modules_to_save": (
+        str,
+        "Modules trained whole beside the adapters, separated by commas.",
+        "",
     ),
-]
-DtypeName = Annotated[str, typer.Option(help="Loaded weights: bf16, fp16 or fp32.")]
-MixedPrecision = Annotated[str, typer.Option(help="Autocast: bf16, fp16 or no.")]
-QuantType = Annotated[str, typer.Option(help="nf4, fp4 or int8 (qlora).")]
-DoubleQuant = Annotated[bool, typer.Option(help="Quantise the scales too (qlora).")]
-PrepareKbit = Annotated[bool, typer.Option(help="prepare_model_for_kbit_training (qlora).")]
-NumGpus = Annotated[int, typer.Option(help="GPUs of the run; only 1 is modelled so far.")]
+    "attn_implementation": (
+        str,
+        "eager, sdpa or flash_attention_2 [default: what transformers picks].",
+        None,
+    ),
+    "dtype": (str, "Loaded weights: bf16, fp16 or fp32.", DEFAULT_JOB.dtype),
+    "mixed_precision": (str, "Autocast: bf16, fp16 or no.", DEFAULT_JOB.mixed_precision),
+    "quant_type": (str, "nf4, fp4 or int8 (qlora).", DEFAULT_JOB.quant_type),
+    "double_quant": (bool, "Quantise the scales too (qlora).", DEFAULT_JOB.double_quant),
+    "prepare_kbit": (bool, "prepare_model_for_kbit_training (qlora).", DEFAULT_JOB.prepare_kbit),
+    "num_gpus": (int, "GPUs of the run; only 1 is modelled so far.", DEFAULT_JOB.num_gpus),
+}
+_NAME_LISTS = ("target_modules", "modules_to_save")
+
+
+def with_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every job option; it receives them as one ``job``.
+
+    Args:
+        command: A function with a parameter ``job: Job``.
+    """
+    return _with_options(command, "job", lambda values: make_job(values), sweep=False)
+
+
+def with_sweep(command: Callable[..., None]) -> Callable[..., None]:
+    """The same with comma lists: the command receives ``sweep``, fields of Job to lists of values.
+
+    Args:
+        command: A function with a parameter ``sweep: dict[str, list]``.
+    """
+    return _with_options(command, "sweep", parse_sweep, sweep=True)
+
+
+def _with_options(
+    command: Callable[..., None],
+    name: str,
+    collect: Callable[[dict[str, Any]], Any],
+    *,
+    sweep: bool,
+) -> Callable[..., None]:
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += _job_parameters(sweep) if parameter.name == name else [parameter]
+
+    def wrapper(**values: Any) -> None:
+        own = {field: values.pop(field) for field in _JOB_OPTIONS}
+        command(**values, **{name: collect(own)})
+
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    kind = inspect.Parameter.KEYWORD_ONLY
+    ordered = [parameter.replace(kind=kind) for parameter in parameters]
+    wrapper.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    return wrapper
+
+
+def _job_parameters(sweep: bool) -> list[inspect.Parameter]:
+    """Typer's parameters for the job options."""
+    found = []
+    for name, (kind, text, default) in _JOB_OPTIONS.items():
+        value, typed = default, kind
+        if sweep and kind is not bool:
+            typed = str
+            value = None if default is None else str(default)
+        option = typer.Option(help=text, show_default=value not in (None, ""))
+        found.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=value,
+                annotation=Annotated[typed if value is not None else typed | None, option],
+            )
+        )
+    return found
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -62,14 +123,47 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def make_job(target_modules: str, modules_to_save: str, **values: Any) -> Job:
+def make_job(values: dict[str, Any]) -> Job:
     """The Job that the options describe.
 
     Raises:
         UsageError: If a value is out of range or unknown.
     """
-    targets = ALL_LINEAR if target_modules == ALL_LINEAR else names(target_modules)
-    return Job(target_modules=targets, modules_to_save=names(modules_to_save), **values)
+    targets = values["target_modules"]
+    return Job(
+        **{
+            **values,
+            "target_modules": ALL_LINEAR if targets == ALL_LINEAR else names(targets),
+            "modules_to_save": names(values["modules_to_save"]),
+        }
+    )
+
+
+def parse_sweep(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Job with the values to sweep over: a list where several were given.
+
+    Raises:
+        UsageError: If a value is not a number where one is needed.
+    """
+    swept: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = _JOB_OPTIONS[name][0]
+        if name in _NAME_LISTS:
+            swept[name] = ALL_LINEAR if value == ALL_LINEAR else names(value)
+        elif value is None or kind is bool:
+            swept[name] = value
+        else:
+            items = [_number(name, part, kind) for part in names(value)]
+            swept[name] = items[0] if len(items) == 1 else items
+    return swept
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        option = "--" + name.replace("_", "-")
+        raise UsageError(f"{option} must be numbers separated by commas, not {text!r}") from None
 
 
 def check_length(model: Model, job: Job) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vramplan.profile import Profile
 from vramplan.units import format_bytes
 
 MIN_WIDTH = 40
@@ -64,3 +67,54 @@ def print_parts(out: Console, parts: dict[str, int], whole: int, whole_name: str
         table.add_row(name.replace("_", " "), format_bytes(size), f"{share:.1%}", bar(share, width))
     out.print(table)
     out.print(Text(f"100% = {whole_name}, {format_bytes(whole)}", style="dim"))
+
+
+def profile_line(profile: Profile) -> str:
+    """Which measured constants an answer rests on, and how far they may be off."""
+    doubt = format_bytes(profile.doubt_bytes)
+    if profile.borrowed:
+        return (
+            f"CUDA context and kernels are assumed from {profile.name}; this card's may be up to "
+            f"{doubt} smaller. `vramplan calibrate` measures them."
+        )
+    return f"CUDA context and kernels from {profile.name}, within {doubt}."
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], Callable[[str], None]]]:
+    """A bar on stderr with the time left; without a terminal, only the lines told.
+
+    Args:
+        total: How many things will be done.
+
+    Yields:
+        To be called with the name of each thing as it begins; it returns a function that tells a
+        line about it.
+    """
+    from rich.progress import (  # noqa: PLC0415 - only where something takes long
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    err = Console(stderr=True, highlight=False, emoji=False, markup=False)
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
+        MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as shown:
+        task = shown.add_task("", total=total)
+        begun = 0
+
+        def begin(name: str) -> Callable[[str], None]:
+            nonlocal begun
+            shown.update(task, description=name, completed=begun)
+            begun += 1
+            return lambda line: err.print(line, soft_wrap=True)
+
+        yield begin
+        shown.update(task, completed=total)

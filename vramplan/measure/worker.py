@@ -1,124 +1,190 @@
-"""One run of the stock Trainer in a fresh process: ``python -m vramplan.measure.worker SPEC OUT``.
+"""The worker: runs of the stock Trainer, each in a fresh process. Imports torch; its parent never.
 
-Without arguments it serves runs: one JSON object {"spec", "out", "timeout_s"} a line on standard
-input, each forked from a process that has the slow imports behind it but has not touched the GPU.
-
-SPEC is a JSON file with ``name``, ``config`` (a config.json's values), ``job`` (fields of
-``vramplan.job.Job``) and optionally ``steps``, ``limit_bytes`` (most the allocator may reserve) and
-``history`` (keep the allocator's own trace). OUT receives one record, whatever happens: a run that
-ends out of memory is a record too. Weights are random and built on the device; nothing is fetched.
+``python -m vramplan.measure.worker FOLDER`` serves runs: one JSON object a line on standard input
+(see ``Request``), each forked from a process that has the slow imports behind it but has not
+touched the GPU, and one JSON object a line back when it ended. It dies with its parent, and its
+workers with it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gzip
 import importlib.metadata
 import json
 import logging
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
 import traceback
 import warnings
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from vramplan import __version__
-from vramplan.job import Job
+from vramplan.measure.spec import RunSpec
+from vramplan.record import SCHEMA_VERSION, write_text
+from vramplan.timeline import timeline_document
 
-SCHEMA_VERSION = 1
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes")
+PR_SET_PDEATHSIG = 1
+POLL_S = 0.05
 
 
-def environment() -> dict[str, Any]:
+class Request(TypedDict):
+    """What the parent asks for: the spec's file, the record's file, a folder, a time limit."""
+
+    spec: str
+    out: str
+    folder: str
+    timeout_s: float
+
+
+def environment() -> dict[str, str | None]:
     """Versions of everything that decides the numbers."""
-    versions = {"python": platform.python_version(), "vramplan": __version__}
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "vramplan": __version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None  # type: ignore[assignment]
-    versions["torch"] = torch.__version__
+            versions[package] = None
     return versions
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a document so that the file is either the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def main(spec_path: str, out_path: str) -> int:
-    """Run one spec and write its record; returns the exit code."""
+def perform(request: Request) -> None:
+    """Run one spec; its record is rewritten whenever something worth keeping is known."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from vramplan.measure import steps  # noqa: PLC0415 - imports what would touch the GPU
+    from vramplan.measure.run import Run, is_out_of_memory  # noqa: PLC0415 - may touch the GPU
 
-    spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
-    job = Job.from_dict(spec["job"])
+    document = json.loads(Path(request["spec"]).read_text(encoding="utf-8"))
+    before = document.pop("card_before_bytes", None)
+    spec = RunSpec.from_document(document)
+    out = Path(request["out"])
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "name": spec["name"],
-        "command": spec.get("command"),
-        "model": spec.get("model"),
-        "config": spec["config"],
-        "job": asdict(job) | {"optim": job.optimizer_name},
-        "limit_bytes": spec.get("limit_bytes"),
+        "name": spec.name,
+        "model": spec.model,
+        "config": dict(spec.config),
+        "job": spec.job_document(),
+        "run": spec.conditions(),
         "versions": environment(),
-        "status": "error",
+        "allocator_settings": os.environ.get("PYTORCH_ALLOC_CONF")
+        or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+        "gpu": {},
+        "status": "killed",
         "phase": "start",
+        "card_before_bytes": before,
     }
     began = time.perf_counter()
+
+    def keep() -> None:
+        record["wall_s"] = round(time.perf_counter() - began, 2)
+        kept = {k: v for k, v in record.items() if k != "card_before_bytes"}
+        write_text(out, json.dumps(kept) + "\n")
+
+    run = None
     try:
-        steps.run(spec, record)
-    except torch.OutOfMemoryError as error:
-        record |= {"status": "oom", "error": str(error)[:500]}
-    except Exception:  # every way to end is a record
-        record["error"] = traceback.format_exc()[-3000:]
-    record["wall_s"] = round(time.perf_counter() - began, 1)
-    write_json(Path(out_path), record)
-    if spec.get("history") and torch.cuda.is_available():
-        steps.write_history(Path(out_path).with_suffix(".history.json.gz"), record)
-    return {"done": 0, "oom": 1}.get(record["status"], 2)
+        run = Run(spec, record, request["folder"], keep)
+        run.perform()
+    except Exception as error:  # every way to end is a record
+        if is_out_of_memory(error):
+            last = str(error).strip().splitlines()[0]
+            record |= {"status": "oom", "error": last[:500]}
+            if run is not None:
+                record["oom"] = run.out_of_memory(error)
+        else:
+            record |= {"status": "error", "error": traceback.format_exc()[-3000:]}
+        if run is not None:
+            run.keep_steps()
+    keep()
+    if run is not None and run.history is not None and record["status"] == "done":
+        text = json.dumps(timeline_document(run.history.timeline()), separators=(",", ":"))
+        with gzip.open(out.with_suffix(".timeline.json.gz"), "wt", encoding="utf-8") as file:
+            file.write(text)
 
 
-def serve() -> None:
-    """Fork one child per request; answer one line when it ended ("done" or "killed")."""
+def serve(folder: str) -> None:
+    """Fork one child per request; answer with how it ended.
+
+    Args:
+        folder: The parent's temporary folder, removed here if the parent can no longer do it.
+    """
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     import transformers.models.auto.modeling_auto  # noqa: PLC0415 - the slow part
     import transformers.quantizers  # noqa: F401, PLC0415
 
     assert not torch.cuda.is_initialized(), "a forked child could not use the GPU"
+    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        request = json.loads(line)
+        request: Request = json.loads(line)
         child = os.fork()
         if child == 0:
-            os.setsid()
-            code = 2
-            try:
-                code = main(request["spec"], request["out"])
-            finally:
-                os._exit(code)
-        print("done" if _wait(child, request["timeout_s"]) else "killed", flush=True)
+            _child(request)
+        print(json.dumps(_wait(child, request, parent)), flush=True)
+    if os.getppid() != parent:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait(child: int, timeout_s: float) -> bool:
-    """Wait for a child; kill it and everything it started after ``timeout_s`` seconds."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return True
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+def _child(request: Request) -> None:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    code = 3
+    try:
+        perform(request)
+        code = 0
+    except BaseException:  # what a disk that is full, for one, leaves behind
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(child: int, request: Request, parent: int) -> dict[str, Any]:
+    """Wait for a child; kill it after its time, or when nobody waits for it any more."""
+    end = time.monotonic() + request["timeout_s"]
+    try:
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                code = os.waitstatus_to_exitcode(status)
+                return {"code": code, "timeout": False}
+            if os.getppid() != parent:
+                shutil.rmtree(Path(request["folder"]).parent, ignore_errors=True)
+                raise SystemExit(1)
+            if time.monotonic() > end:
+                _kill(child)
+                return {"code": -signal.SIGKILL, "timeout": True}
+            time.sleep(POLL_S)
+    except SystemExit:
+        _kill(child)
+        shutil.rmtree(request["folder"], ignore_errors=True)
+        raise
+
+
+def _kill(child: int) -> None:
+    """Kill a worker and everything it started."""
+    for kill in (lambda: os.killpg(child, signal.SIGKILL), lambda: os.waitpid(child, 0)):
+        try:
+            kill()
+        except (ProcessLookupError, ChildProcessError):
+            continue
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        sys.exit(main(*sys.argv[1:3]))
-    serve()
+    serve(sys.argv[1])

@@ -1,0 +1,378 @@
+"""What ``vramplan measure`` shows: measured beside predicted, and where the two part."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from vramplan.catalogue import model_from_config
+from vramplan.cli import output
+from vramplan.errors import RecordError, UnknownNameError
+from vramplan.gpus import Gpu, find_gpu
+from vramplan.job import Job
+from vramplan.prediction import Prediction, predict
+from vramplan.record import Paging, Record, Spread
+from vramplan.timeline import Kind, Timeline, timeline_from_document
+from vramplan.units import format_bytes, format_rate, format_seconds
+
+SCHEMA_VERSION = 1
+MAX_TIMELINE_BYTES = 512 * 1024**2
+MAX_TERMS = 30
+STATUS_STYLES = {"done": "green", "oom": "red", "skipped": "yellow"}
+
+
+class Figure(NamedTuple):
+    """One number that is both predicted and measured, in bytes."""
+
+    name: str
+    measured: int | None
+    predicted: int
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over measured, minus one; None where it was not measured."""
+        return None if not self.measured else self.predicted / self.measured - 1
+
+
+def predicted(record: Record) -> Prediction:
+    """The estimate of the same job on the same card."""
+    gpu: Gpu | None = None
+    if record.gpu.slug:
+        try:
+            gpu = find_gpu(record.gpu.slug)
+        except UnknownNameError:
+            gpu = None
+    model = model_from_config(record.config, record.model)
+    return predict(model, Job.from_dict(record.job), gpu)
+
+
+def figures(record: Record, prediction: Prediction) -> list[Figure]:
+    """Every number that both have."""
+    roomy = record.run.limit_bytes is None
+    found = [
+        Figure("ready", record.ready_bytes, prediction.ready_bytes),
+        Figure("load peak", record.load_peak_bytes, prediction.load_peak_bytes),
+        Figure("peak allocated", record.peak_allocated_bytes, prediction.peak_allocated_bytes),
+    ]
+    if roomy:
+        found += [
+            Figure("peak reserved", record.peak_reserved_bytes, prediction.peak_reserved_bytes),
+            Figure("on the card", record.device_peak_bytes, prediction.device_peak_bytes),
+        ]
+    if record.limit_search is not None:
+        least = record.limit_search.smallest_running_bytes
+        found.append(Figure("smallest limit", least, prediction.min_limit_bytes))
+    if record.paged_bytes is not None:
+        found.append(Figure("paged", record.paged_bytes, prediction.paged_bytes))
+    return found
+
+
+def document(records: list[Record]) -> dict[str, Any]:
+    """``measure --json``: every record, and the estimate beside it."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "records": [record.model_dump(mode="json") for record in records],
+        "comparisons": [
+            {
+                "name": record.name,
+                "figures": {
+                    figure.name.replace(" ", "_"): {
+                        "measured_bytes": figure.measured,
+                        "predicted_bytes": figure.predicted,
+                        "error": figure.error,
+                    }
+                    for figure in figures(record, predicted(record))
+                },
+            }
+            for record in records
+        ],
+    }
+
+
+# -- one run -------------------------------------------------------------------------------------
+
+
+def print_run(out: Console, record: Record) -> None:
+    """One run at length."""
+    out.print(headline(record))
+    job = record.job
+    out.print(
+        f"{record.model}, {job['method']}, batch {job['batch_size']} x {job['seq_len']} tokens, "
+        f"{job['optim']}, {record.run.num_steps} steps"
+    )
+    if record.error and record.status not in ("done", "oom"):
+        out.print(Text(record.error.strip().splitlines()[-1], style="red"))
+    out.print()
+    if record.gpu.name is None:
+        out.print("No GPU: its memory is not measured, only that it runs and how long it takes.")
+    else:
+        _print_figures(out, record)
+    _print_phases(out, record)
+    _print_speed(out, record)
+    if record.paged_bytes:
+        _print_paged(out, record)
+    if record.paging is not None:
+        _print_paging(out, record.paging)
+
+
+def headline(record: Record) -> Text:
+    """How it ended, in one line."""
+    where = record.gpu.name or "the CPU"
+    limit = record.run.limit_bytes
+    if limit is not None:
+        stands = f" ({record.run.emulated_gpu})" if record.run.emulated_gpu else ""
+        where += f", held to {format_bytes(limit)}{stands}"
+    style = f"bold {STATUS_STYLES.get(record.status, 'red')}"
+    if record.status == "done":
+        return Text(f"It ran on {where}.", style=style)
+    if record.status == "oom" and record.oom is not None:
+        failed = record.oom
+        asked = f" asking for {format_bytes(failed.requested_bytes)}"
+        text = f"Out of memory on {where}: in {failed.phase}"
+        text += asked if failed.requested_bytes else ""
+        text += f" in {failed.module}" if failed.module else ""
+        text += f" ({failed.where})" if failed.where else ""
+        return Text(text + ".", style=style)
+    return Text(f"{record.status.capitalize()} on {where}, in {record.phase}.", style=style)
+
+
+def _print_figures(out: Console, record: Record) -> None:
+    table = output.plain_table(
+        ("memory", "left"), ("measured", "right"), ("estimated", "right"), ("off by", "right")
+    )
+    for figure in figures(record, predicted(record)):
+        error = figure.error
+        table.add_row(
+            figure.name,
+            "not measured" if figure.measured is None else format_bytes(figure.measured),
+            format_bytes(figure.predicted),
+            "" if error is None else f"{error:+.2%}",
+        )
+    out.print(table)
+    extra = [
+        ("context", record.context_bytes),
+        ("first step's peak", record.first_step_peak_allocated_bytes),
+        ("asked for at the peak, unrounded", record.peak_requested_bytes),
+        ("NVML, process", record.sampling.process_peak_bytes if record.sampling else None),
+        ("NVML, card", record.sampling.card_peak_bytes if record.sampling else None),
+        ("host RAM", record.host_rss_peak_bytes),
+    ]
+    out.print(
+        Text(
+            "; ".join(f"{name} {format_bytes(size)}" for name, size in extra if size is not None),
+            style="dim",
+        )
+    )
+    if record.num_alloc_retries or record.num_ooms:
+        out.print(
+            f"The allocator gave back its cache and tried again {record.num_alloc_retries} times."
+        )
+    search = record.limit_search
+    if search is not None:
+        below = (
+            f"not at {format_bytes(search.largest_failing_bytes, 3)}"
+            if search.largest_failing_bytes is not None
+            else "and at no smaller one tried"
+        )
+        out.print(
+            f"Runs at a limit of {format_bytes(search.smallest_running_bytes, 3)}, {below} "
+            f"({len(search.tries)} runs)."
+        )
+    out.print()
+
+
+def _print_phases(out: Console, record: Record) -> None:
+    phases = {
+        name: peak for name, peak in record.phases.items() if peak.peak_allocated_bytes is not None
+    }
+    if not phases:
+        return
+    table = output.plain_table(("phase", "left"), ("allocated", "right"), ("reserved", "right"))
+    for name, peak in phases.items():
+        table.add_row(
+            name, format_bytes(peak.peak_allocated_bytes), format_bytes(peak.peak_reserved_bytes)
+        )
+    out.print(table)
+    out.print()
+
+
+def _print_speed(out: Console, record: Record) -> None:
+    if record.step_time_s is not None and record.tokens_per_s is not None:
+        out.print(
+            f"{_spread(record.step_time_s, format_seconds)} a step, "
+            f"{_spread(record.tokens_per_s, lambda v: format_rate(v, 'tokens'))}"
+        )
+    seen = record.sampling
+    if seen is not None:
+        parts = [
+            (seen.sm_clock_mhz, "MHz"), (seen.power_w, "W"), (seen.temperature_c, "C"),
+        ]  # fmt: skip
+        texts = [f"{part.median:.0f} {unit}" for part, unit in parts if part is not None]
+        if seen.throttle_reasons:
+            texts.append("held back by " + ", ".join(seen.throttle_reasons))
+        if texts:
+            out.print(Text(", ".join(texts), style="dim"))
+
+
+def _spread(spread: Spread, form: Any) -> str:
+    return f"{form(spread.median)} ({form(spread.minimum)} to {form(spread.maximum)})"
+
+
+def _print_paged(out: Console, record: Record) -> None:
+    out.print(
+        f"Paged optimizer state: {format_bytes(record.paged_bytes)} in "
+        f"{record.num_paged_tensors} tensors; too small to be paged: "
+        f"{format_bytes(record.unpaged_bytes)} in {record.num_unpaged_tensors}."
+    )
+
+
+def _print_paging(out: Console, paging: Paging) -> None:
+    out.print()
+    if not paging.measured:
+        out.print(Text(f"Paging events: not measured. {paging.reason}", style="yellow"))
+        return
+    table = output.plain_table(
+        ("paging", "left"), ("to the card", "right"), ("to the host", "right"),
+        ("GPU fault groups", "right"), ("CPU faults", "right"), ("major faults", "right"),
+        ("thrashing", "right"),
+    )  # fmt: skip
+    for window in paging.windows:
+        table.add_row(
+            window.window,
+            _moved(window.host_to_device_bytes),
+            _moved(window.device_to_host_bytes),
+            str(window.gpu_fault_groups),
+            str(window.cpu_faults),
+            "" if window.major_faults is None else str(window.major_faults),
+            str(window.thrashing),
+        )
+    out.print(table)
+    for window in paging.windows:
+        if window.note:
+            out.print(Text(f"{window.window}: {window.note}", style="yellow"))
+
+
+def _moved(causes: dict[str, int]) -> str:
+    if not sum(causes.values()):
+        return "0"
+    return ", ".join(f"{format_bytes(size)} ({cause})" for cause, size in causes.items() if size)
+
+
+# -- many runs -------------------------------------------------------------------------------------
+
+
+def print_runs(out: Console, records: list[Record]) -> None:
+    """One row per run."""
+    table = output.plain_table(
+        ("run", "left"), ("ended", "left"), ("allocated", "right"), ("off by", "right"),
+        ("reserved", "right"), ("smallest limit", "right"), ("tokens/s", "right"),
+    )  # fmt: skip
+    for record in records:
+        peak = record.peak_allocated_bytes
+        error = predicted(record).peak_allocated_bytes / peak - 1 if peak else None
+        search = record.limit_search
+        table.add_row(
+            record.name,
+            Text(record.status, style=STATUS_STYLES.get(record.status, "red")),
+            _known(record.peak_allocated_bytes),
+            "" if error is None else f"{error:+.2%}",
+            _known(record.peak_reserved_bytes),
+            _known(search.smallest_running_bytes if search else None),
+            f"{record.tokens_per_s.median:,.0f}" if record.tokens_per_s else "",
+        )
+    out.print(table)
+
+
+def _known(size: int | None) -> str:
+    return "" if size is None else format_bytes(size)
+
+
+# -- term by term ----------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """Bytes of one kind and owner at the peak, predicted and measured."""
+
+    kind: str
+    owner: str
+    measured: int
+    predicted: int
+
+
+def read_timeline(path: Path) -> Timeline:
+    """A recorded timeline.
+
+    Raises:
+        RecordError: If it is missing, broken or too large.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            text = file.read(MAX_TIMELINE_BYTES + 1)
+        if len(text) > MAX_TIMELINE_BYTES:
+            raise RecordError(f"{path} is larger than any timeline")
+        return timeline_from_document(json.loads(text), str(path))
+    except (OSError, EOFError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path} cannot be read as a timeline: {error}") from None
+
+
+def terms(measured: Timeline, estimated: Timeline) -> list[Term]:
+    """Both peaks by kind and owner (any layer), the largest difference first."""
+    sides = [timeline.peak().by_kind_and_owner for timeline in (measured, estimated)]
+    keys: set[tuple[Kind, str]] = set(sides[0]) | set(sides[1])
+    found = [
+        Term(kind.value, owner, *(side.get((kind, owner), 0) for side in sides))
+        for kind, owner in keys
+    ]
+    return sorted(found, key=lambda term: (-abs(term.predicted - term.measured), term))
+
+
+def print_terms(out: Console, record: Record, path: Path) -> None:
+    """Where measurement and estimate part at their peaks, term by term."""
+    measured = read_timeline(path)
+    estimated = predicted(record).estimate.timeline
+    peaks = [timeline.peak() for timeline in (measured, estimated)]
+    out.print()
+    out.print(Text("At the two peaks, by kind", style="bold"))
+    out.print(
+        f"measured in {peaks[0].phase} of {peaks[0].owner}, estimated in {peaks[1].phase} of "
+        f"{peaks[1].owner}"
+    )
+    kinds = sorted(set(peaks[0].by_kind) | set(peaks[1].by_kind), key=lambda kind: kind.value)
+    rows = [
+        (kind.value.replace("_", " "), peaks[0].by_kind.get(kind, 0), peaks[1].by_kind.get(kind, 0))
+        for kind in kinds
+    ]
+    _print_differences(out, "kind", [*rows, ("sum", peaks[0].nbytes, peaks[1].nbytes)])
+    found = terms(measured, estimated)
+    parts = [
+        (f"{term.kind.replace('_', ' ')} of {term.owner}", term.measured, term.predicted)
+        for term in found
+        if term.predicted != term.measured
+    ]
+    out.print()
+    if not parts:
+        out.print("Every term is equal to the byte.")
+        return
+    out.print(
+        Text(f"Terms that differ ({len(parts)} of {len(found)}), largest first", style="bold")
+    )
+    _print_differences(out, "term", parts[:MAX_TERMS])
+    if len(parts) > MAX_TERMS:
+        out.print(Text(f"{len(parts) - MAX_TERMS} smaller ones not shown", style="dim"))
+
+
+def _print_differences(out: Console, what: str, rows: list[tuple[str, int, int]]) -> None:
+    table = output.plain_table(
+        (what, "left"), ("measured", "right"), ("estimated", "right"), ("difference", "right")
+    )
+    for name, measured, estimated in rows:
+        table.add_row(
+            name, format_bytes(measured), format_bytes(estimated),
+            format_bytes(estimated - measured) if estimated != measured else "",
+        )  # fmt: skip
+    out.print(table)

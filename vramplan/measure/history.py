@@ -1,0 +1,275 @@
+"""The allocator's own history as a Timeline: every block with its module, phase and kind.
+
+PyTorch's recorder knows address, size and Python stack of every allocation, but not the module.
+Modules and phases are noted by hooks beside it, as counts of allocations made so far, which do not
+allocate anything and leave the autograd graph as it is.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from vramplan.measure.watch import Gauge, PhaseBook
+from vramplan.timeline import Event, Kind, Phase, Section, Timeline
+from vramplan.units import round_block
+
+MAX_ENTRIES = 4_000_000
+KEPT_STEPS = 2
+PHASES = {phase.value for phase in Phase}
+BATCH_FRAMES = ("accelerate/data_loader", "send_to_device", "_prepare_input")
+HEADS = ("lm_head", "embed_out")
+
+
+class HistoryTap:
+    """Records the allocator from now on and notes whose allocations they are."""
+
+    def __init__(self, gauge: Gauge, book: PhaseBook) -> None:
+        self.gauge = gauge
+        self.stack: list[str] = []
+        self.backward_module = ""
+        self.phase = "load"
+        self.marks: list[tuple[int, str, str, bool]] = []
+        self.labels: list[tuple[int, dict[int, tuple[Kind, str]]]] = []
+        self.ready_at = self.kept_to = self.stopped_at = 0
+        book.on_enter.append(self._enter_phase)
+        if gauge.cuda:
+            torch.cuda.memory._record_memory_history(
+                enabled="all", context="alloc", stacks="python", max_entries=MAX_ENTRIES
+            )
+        self.base = self._count()
+
+    def _count(self) -> int:
+        """Allocations made by this process so far."""
+        if not self.gauge.cuda:
+            return 0
+        return int(torch.cuda.memory_stats_as_nested_dict()["allocation"]["all"]["allocated"])
+
+    def _mark(self) -> None:
+        inside = bool(self.stack)
+        owner = self.stack[-1] if inside else self.backward_module
+        self.marks.append((self._count(), self.phase, owner, inside))
+
+    def _enter_phase(self, phase: str) -> None:
+        self.phase = phase
+        self.stack.clear()
+        self.backward_module = ""
+        self._mark()
+
+    # -- hooks -----------------------------------------------------------------------------------
+
+    def attach(self, watch: Any, trainer: Any, model: Any) -> None:
+        """Follow a model's modules; label parameters, gradients and optimizer state by address."""
+        for name, module in model.named_modules():
+            owner = _owner(name)
+            module.register_forward_pre_hook(self._before(owner))
+            module.register_forward_hook(self._after(owner), always_call=True)
+        trained = Kind.ADAPTERS if hasattr(model, "get_base_model") else Kind.WEIGHTS
+
+        def ready() -> None:
+            self.ready_at = self._count()
+            self._label(
+                (parameter, trained if parameter.requires_grad else Kind.WEIGHTS, name)
+                for name, parameter in model.named_parameters()
+            )
+
+        def update() -> None:
+            self._label(
+                (parameter.grad, Kind.GRADIENTS, name)
+                for name, parameter in model.named_parameters()
+            )
+
+        watch.on_ready.append(ready)
+        watch.before_update.append(update)
+        watch.after_step.append(lambda number: self._after_step(number, trainer))
+
+    def _before(self, owner: str) -> Any:
+        def hook(_module: Any, _inputs: Any) -> None:
+            self.stack.append(owner)
+            self._mark()
+
+        return hook
+
+    def _after(self, owner: str) -> Any:
+        def enter_backward(_gradients: Any) -> None:
+            self.backward_module = owner
+            self._mark()
+
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if self.stack:
+                self.stack.pop()
+            self._mark()
+            first = output[0] if isinstance(output, (tuple, list)) and output else output
+            node = getattr(first, "grad_fn", None)
+            if node is not None:
+                node.register_prehook(enter_backward)
+
+        return hook
+
+    def _label(self, owned: Iterable[tuple[Any, Kind, str]]) -> None:
+        places = {
+            tensor.untyped_storage().data_ptr(): (kind, _owner(name))
+            for tensor, kind, name in owned
+            if tensor is not None and tensor.is_cuda
+        }
+        self.labels.append((self._count(), places))
+
+    def _after_step(self, number: int, trainer: Any) -> None:
+        if number <= KEPT_STEPS:
+            self.kept_to = self._count()
+            inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+            self._label(
+                (value, Kind.OPTIMIZER, "optimizer")
+                for state in inner.state.values()
+                for value in state.values()
+                if torch.is_tensor(value)
+            )
+        if number == KEPT_STEPS:
+            self.phase = "over"
+
+    # -- the result ------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End the recording; what clearing cuBLAS' workspaces frees now is workspace."""
+        if not self.gauge.cuda:
+            self.trace: list[dict[str, Any]] = []
+            return
+        torch.cuda.synchronize()
+        self.stopped_at = self._count()
+        torch._C._cuda_clearCublasWorkspaces()
+        device = torch.cuda.current_device()
+        self.trace = torch.cuda.memory._snapshot()["device_traces"][device]
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+    def timeline(self) -> Timeline:
+        """The run up to the end of its second step.
+
+        Returns:
+            One section of events in the order of the run, sizes rounded as the allocator does.
+
+        Known limitations:
+            A block is booked to the module at work when it was made. Backward's blocks go to the
+            module whose output's gradient was computed last; what autograd does between two modules
+            may be booked to the earlier one.
+        """
+        blocks = _Blocks(self)
+        for entry in self.trace:
+            blocks.see(entry)
+        return Timeline((Section(tuple(blocks.finish())),))
+
+
+class _Blocks:
+    """Turns trace entries into events; kinds become known only later, so events come last."""
+
+    def __init__(self, tap: HistoryTap) -> None:
+        self.tap = tap
+        self.count = tap.base
+        self.at = [mark[0] for mark in tap.marks]
+        self.labels = list(tap.labels)
+        self.live: dict[int, int] = {}  # address -> block
+        self.order: list[tuple[int, int]] = []  # (block, +nbytes or -nbytes), in the run's order
+        self.made: dict[int, tuple[int, dict[str, Any]]] = {}  # block -> (number, trace entry)
+        self.gone: dict[int, int] = {}  # block -> allocations made when it was freed
+        self.known: dict[int, tuple[Kind, str]] = {}
+        self.cut: int | None = None
+
+    def see(self, entry: dict[str, Any]) -> None:
+        """One entry of the allocator's trace."""
+        action, address = entry["action"], entry["addr"]
+        if action == "alloc":
+            self._label(self.count)
+            self.count += 1
+            if self.cut is None and self.count > self.tap.kept_to:
+                self.cut = len(self.order)
+            block = self.count
+            self.live[address] = block
+            self.made[block] = (self.count, entry)
+            self.order.append((block, round_block(entry["size"])))
+        elif action == "free_completed":
+            block = self.live.pop(address, 0)
+            if block:
+                self.gone[block] = self.count
+                self.order.append((block, -round_block(self.made[block][1]["size"])))
+                if self.count >= self.tap.stopped_at and block < self.tap.kept_to:
+                    self.known[block] = (Kind.WORKSPACE, "cublas")
+
+    def _label(self, count: int) -> None:
+        while self.labels and self.labels[0][0] <= count:
+            _, places = self.labels.pop(0)
+            for address, meaning in places.items():
+                if address in self.live:
+                    self.known.setdefault(self.live[address], meaning)
+
+    def finish(self) -> Iterable[Event]:
+        """Every event up to the cut."""
+        self._label(self.count)
+        meanings = {block: self._meaning(block) for block in self.made}
+        kept = self.order[: self.cut]
+        for block, nbytes in kept:
+            kind, owner, phase, end_phase = meanings[block]
+            yield Event(block, nbytes, kind, owner, phase if nbytes > 0 else end_phase)
+
+    def _mark(self, number: int) -> tuple[str, str, bool]:
+        """Phase, owner and whether inside a module's forward, for the allocation of that number."""
+        index = bisect.bisect_left(self.at, number) - 1
+        if index < 0:
+            return "load", "", False
+        _, phase, owner, inside = self.tap.marks[index]
+        return phase, owner, inside
+
+    def _meaning(self, block: int) -> tuple[Kind, str, Phase, Phase]:
+        number, entry = self.made[block]
+        phase, owner, inside = self._mark(number)
+        end_phase, _, _ = self._mark(self.gone[block]) if block in self.gone else (phase, "", False)
+        found = self.known.get(block)
+        if found is None and number <= self.tap.ready_at:
+            found = (Kind.WEIGHTS, owner or "load")
+        if found is None:
+            found = self._kind(block, phase, owner, inside, entry)
+        return (*found, _phase(phase), _phase(end_phase))
+
+    def _kind(
+        self, block: int, phase: str, owner: str, inside: bool, entry: dict[str, Any]
+    ) -> tuple[Kind, str]:
+        if phase == "step":
+            return Kind.WORKSPACE, "optimizer"
+        if phase == "loss" or (phase == "backward" and not owner):
+            return Kind.LOGITS, "loss"
+        if owner.endswith(HEADS):
+            return Kind.LOGITS, owner
+        frames = [f["filename"] + ":" + f["name"] for f in entry.get("frames") or ()]
+        if any(part in frame for frame in frames[:12] for part in BATCH_FRAMES):
+            return Kind.BATCH, "batch"
+        kind = Kind.ACTIVATIONS
+        if self._is_scratch(block, frames):
+            kind = Kind.WORKSPACE
+        elif phase == "backward" and not inside:
+            kind = Kind.ACTIVATION_GRADIENTS
+        return kind, owner
+
+    def _is_scratch(self, block: int, frames: list[str]) -> bool:
+        """A weight that bitsandbytes dequantised and let go before the module was through."""
+        if not frames or "bitsandbytes" not in frames[0]:
+            return False
+        made, gone = self.made[block][0], self.gone.get(block)
+        if gone is None:
+            return False
+        return bisect.bisect_left(self.at, made) == bisect.bisect_right(self.at, gone)
+
+
+def _phase(name: str) -> Phase:
+    if name in PHASES:
+        return Phase(name)
+    return Phase.PREPARE if name in ("start", "train") else Phase.STEP
+
+
+def _owner(name: str) -> str:
+    """A module's or parameter's name without what peft and torch put around it."""
+    name = name.removeprefix("base_model.model.")
+    for word in (".base_layer", ".default", ".lora_A", ".lora_B", ".modules_to_save",
+                 ".original_module", ".lora_dropout"):  # fmt: skip
+        name = name.replace(word, "")
+    return name.removesuffix(".weight").removesuffix(".bias") or "model"

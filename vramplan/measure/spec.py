@@ -1,0 +1,281 @@
+"""What to run: one RunSpec a run, sweeps expanded. Needs no torch."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vramplan.catalogue import find_model
+from vramplan.errors import UsageError
+from vramplan.job import Job
+from vramplan.record import Record
+from vramplan.units import MIB, parse_size
+
+DEFAULT_STEPS = 6
+DEFAULT_TIMEOUT_S = 1800.0
+EVAL_BATCH_SIZE = 8  # TrainingArguments' default
+MAX_STEPS = 10_000
+NAME_LISTS = ("target_modules", "modules_to_save")  # their lists are one value, not a sweep
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """One run of one job.
+
+    Attributes:
+        name: Name of its record.
+        model: What the user called the model.
+        config: Values of its config.json.
+        job: The job.
+        device: "cuda" or "cpu".
+        num_steps: Optimizer steps; the first is reported apart.
+        limit_bytes: Most the allocator may reserve; None without a limit.
+        emulated_gpu: Slug of the card that the limit stands for.
+        weights: Checkpoint folder to load; None for random weights.
+        evaluate: Evaluate before the last step.
+        eval_batch_size: Sequences per evaluation batch.
+        eval_logits: Keep the logits in evaluation, as a compute_metrics function makes Trainer do.
+        save: Save a checkpoint before the last step.
+        history: Record the allocator's history.
+        paging: Count paging events.
+        timeout_s: Seconds after which the run is killed.
+    """
+
+    name: str
+    model: str
+    config: Mapping[str, Any]
+    job: Job
+    device: str = "cuda"
+    num_steps: int = DEFAULT_STEPS
+    limit_bytes: int | None = None
+    emulated_gpu: str | None = None
+    weights: str | None = None
+    evaluate: bool = False
+    eval_batch_size: int = EVAL_BATCH_SIZE
+    eval_logits: bool = False
+    save: bool = False
+    history: bool = False
+    paging: bool = False
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_steps <= MAX_STEPS:
+            raise UsageError(
+                f"--steps must be from 2 to {MAX_STEPS} (the first is not the steady state), not "
+                f"{self.num_steps}"
+            )
+        if self.eval_batch_size < 1:
+            raise UsageError(f"--eval-batch-size must be at least 1, not {self.eval_batch_size}")
+        if not self.timeout_s > 0:
+            raise UsageError(f"--timeout must be above 0 seconds, not {self.timeout_s}")
+        if self.limit_bytes is not None and self.limit_bytes < MIB:
+            raise UsageError(f"a limit of {self.limit_bytes} bytes cannot be meant; give 12GiB")
+        if self.paging and self.history:
+            raise UsageError("--paging is a pass of its own: leave out --history")
+
+    def document(self) -> dict[str, Any]:
+        """Its JSON form, for the worker."""
+        return asdict(self) | {"config": dict(self.config)}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> RunSpec:
+        """The spec that a worker was sent."""
+        return cls(**{**document, "job": Job.from_dict(document["job"])})
+
+    def conditions(self) -> dict[str, Any]:
+        """The part that a record keeps as ``run``."""
+        return {
+            "device": self.device,
+            "num_steps": self.num_steps,
+            "limit_bytes": self.limit_bytes,
+            "emulated_gpu": self.emulated_gpu,
+            "weights": Path(self.weights).name if self.weights else "random",
+            "evaluate": self.evaluate,
+            "eval_batch_size": self.eval_batch_size if self.evaluate else None,
+            "eval_logits": self.eval_logits,
+            "save": self.save,
+            "history": self.history,
+            "paging": self.paging,
+            "timeout_s": self.timeout_s,
+        }
+
+    def job_document(self) -> dict[str, Any]:
+        """The job with its optimizer named."""
+        return asdict(self.job) | {"optim": self.job.optimizer_name}
+
+    def is_run_of(self, record: Record) -> bool:
+        """Whether a record is of this very run, whatever it was called."""
+        own = self.conditions()
+        theirs = {name: getattr(record.run, name) for name in own}
+        own.pop("timeout_s"), theirs.pop("timeout_s")
+        job = {k: list(v) if isinstance(v, tuple) else v for k, v in self.job_document().items()}
+        return own == theirs and job == record.job and dict(self.config) == record.config
+
+
+def run_name(model: str, job: Job, **extra: Any) -> str:
+    """A short name that tells runs apart: model, method, shape and what differs from the defaults.
+
+    Args:
+        model: What the user called the model.
+        job: The job.
+        extra: Further words with values; those that are None or False are left out.
+    """
+    plain = Job(method=job.method, batch_size=job.batch_size, seq_len=job.seq_len)
+    words = [Path(model).name or "model", job.method, f"{job.batch_size}x{job.seq_len}"]
+    for field in fields(Job):
+        value = getattr(job, field.name)
+        if value != getattr(plain, field.name):
+            words.append(_word(field.name, value))
+    words += [_word(name, value) for name, value in extra.items() if value]
+    text = "-".join(words).lower()
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-+") else "-" for c in text)
+    return "-".join(part for part in safe.split("-") if part)[:120]
+
+
+def _word(name: str, value: Any) -> str:
+    if value is True:
+        return name.replace("_", "")
+    if value is False:
+        return "no-" + name.replace("_", "")
+    if name == "limit_bytes":
+        return f"limit{value // MIB}"
+    if name in ("optim", "attn_implementation", "quant_type", "emulated_gpu"):
+        return str(value).replace("_", "")
+    if isinstance(value, tuple):
+        value = "+".join(value)
+    short = {"gradient_accumulation_steps": "accumulate", "lora_r": "r"}
+    return f"{short.get(name, name.replace('_', ''))}{value}"
+
+
+def expand(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the listed values, in the order given."""
+    axes = {
+        name: value if isinstance(value, list) and name not in NAME_LISTS else [value]
+        for name, value in values.items()
+    }
+    empty = [name for name, axis in axes.items() if not axis]
+    if empty:
+        raise UsageError(f"{empty[0]} is an empty list; nothing would be run")
+    return [
+        dict(zip(axes, combination, strict=True))
+        for combination in itertools.product(*axes.values())
+    ]
+
+
+def make_specs(model: str, values: Mapping[str, Any], shared: RunSpec) -> list[RunSpec]:
+    """The runs of one model over the combinations of job fields.
+
+    Args:
+        model: What the user called the model.
+        values: Fields of Job; a list is swept over.
+        shared: Everything else, and the name if it has one.
+    """
+    found = find_model(model)
+    specs = []
+    for combination in expand(values):
+        job = Job.from_dict(combination)
+        spec = replace(shared, model=model, config=dict(found.config), job=job)
+        name = shared.name or run_name(
+            model,
+            job,
+            emulated_gpu=spec.emulated_gpu,
+            limit_bytes=None if spec.emulated_gpu else spec.limit_bytes,
+            evaluate=spec.evaluate,
+            save=spec.save,
+            paging=spec.paging,
+            cpu=spec.device == "cpu",
+        )
+        specs.append(replace(spec, name=name))
+    return specs
+
+
+_RUN_KEYS = {
+    "name", "steps", "limit", "as_gpu", "evaluate", "eval_batch_size", "eval_logits", "save",
+    "history", "paging", "find_limit", "repeat",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRow:
+    """One [[run]] table: the runs it stands for, and whether to look for their smallest limit."""
+
+    specs: tuple[RunSpec, ...]
+    find_limit: bool
+    as_gpu: str | None
+
+
+def read_matrix(path: Path, shared: RunSpec) -> list[MatrixRow]:
+    """The runs that a TOML file asks for.
+
+    Each ``[[run]]`` table has ``model`` and any field of Job (a list is swept over), and optionally
+    name, steps, limit ("12GiB"), as_gpu, evaluate, eval_batch_size, eval_logits, save, history,
+    paging, find_limit and repeat.
+
+    Args:
+        path: The file.
+        shared: What the command line set for all of them.
+
+    Raises:
+        UsageError: If the file cannot be read or has something it should not.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("run", [])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as a matrix of runs: {error}") from None
+    if not isinstance(tables, list) or not tables:
+        raise UsageError(f"{path} has no [[run]] tables")
+    rows = [_row(table, shared, f"{path}, run {n}") for n, table in enumerate(tables, 1)]
+    names = [spec.name for row in rows for spec in row.specs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{path}: two runs are called {twice!r}; give one of them a name")
+    return rows
+
+
+def _row(table: Mapping[str, Any], shared: RunSpec, where: str) -> MatrixRow:
+    values = dict(table)
+    own = {key: values.pop(key) for key in _RUN_KEYS if key in values}
+    model = values.pop("model", None)
+    if not isinstance(model, str):
+        raise UsageError(f"{where}: model is missing")
+    job_fields = {field.name for field in fields(Job)}
+    unknown = sorted(values.keys() - job_fields)
+    if unknown:
+        raise UsageError(f"{where}: unknown key {unknown[0]!r}")
+    try:
+        limit = own.get("limit")
+        base = replace(
+            shared,
+            name=own.get("name", ""),
+            num_steps=own.get("steps", shared.num_steps),
+            limit_bytes=parse_size(limit) if limit else shared.limit_bytes,
+            emulated_gpu=own.get("as_gpu", shared.emulated_gpu),
+            **{
+                key: own.get(key, getattr(shared, key))
+                for key in ("evaluate", "eval_batch_size", "eval_logits", "save", "history",
+                            "paging")
+            },
+        )  # fmt: skip
+        specs = make_specs(model, values, base)
+    except (UsageError, TypeError) as error:
+        raise UsageError(f"{where}: {error}") from None
+    return MatrixRow(
+        specs=tuple(repeated(specs, own.get("repeat", 1))),
+        find_limit=bool(own.get("find_limit", False)),
+        as_gpu=own.get("as_gpu"),
+    )
+
+
+def repeated(specs: list[RunSpec], count: int) -> list[RunSpec]:
+    """The same runs ``count`` times, numbered."""
+    if count < 1:
+        raise UsageError(f"--repeat must be at least 1, not {count}")
+    if count == 1:
+        return specs
+    return [
+        replace(spec, name=f"{spec.name}-repeat{n}") for spec in specs for n in range(1, count + 1)
+    ]
