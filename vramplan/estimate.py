@@ -19,7 +19,7 @@ from vramplan.families import Family, find_family
 from vramplan.families.common import Env
 from vramplan.formats import FP32, INT64
 from vramplan.job import Job
-from vramplan.layers import Built
+from vramplan.layers import Built, Layer
 from vramplan.model import Model
 from vramplan.tape import Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
@@ -150,8 +150,8 @@ class Step:
         t.phase = Phase.PREPARE
         optimizer_bytes, paged, self.optimizer = self._optimizer_state()
         self.workspaces = [
-            Storage(t, self.workspace_bytes, Kind.WORKSPACE, f"cublas.{thread}")
-            for thread in ("forward", "backward")
+            Storage(t, self.workspace_bytes, Kind.WORKSPACE, "cublas")
+            for _thread in ("forward", "backward")
         ]
         static = t.live_bytes
         before = t.peak_bytes
@@ -247,11 +247,13 @@ class Step:
         """...Model.forward: embedding, position tables, layers, final norm."""
         t, env, built = self.tape, self.env, self.built
         spec = built.embedding.spec
-        t.owner = spec.name
+        name = spec.name.rsplit(".", 1)[0]
+        t.owner = name
         position_ids = t.new(env.length, INT64, Kind.BATCH)
+        t.owner = spec.name
         embeds = ops.embedding(t, built.embedding.weight, env.tokens, spec.width)
         embeds = ops.dropout(t, embeds, env.dims.embedding_dropout)
-        t.owner = "positions"
+        t.owner = name
         self.family.prepare(t, embeds, env)
         hidden = embeds
         self.marks = [t.position]
@@ -262,13 +264,16 @@ class Step:
         env.kept = None
         hidden = self.family.norm(t, built.final_norm, hidden, env)
         del position_ids
+        if not self.job.gradient_checkpointing:  # nobody will run a block again
+            env.cos = env.sin = env.mask = None
         return hidden
 
-    def _layer(self, layer: object, hidden: Tensor) -> Tensor:
+    def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
         t, env, block = self.tape, self.env, self.family.block
 
         def run() -> Tensor:
-            return block(t, layer, hidden, env)  # type: ignore[arg-type]
+            t.owner = layer.name
+            return block(t, layer, hidden, env)
 
         return t.checkpoint(run) if self.job.gradient_checkpointing else run()
 

@@ -135,8 +135,9 @@ class Embedding:
 
 @dataclass(slots=True)
 class Layer:
-    """The modules of one decoder layer by name, standing for ``copies`` identical ones."""
+    """The modules of one decoder layer by name, standing for all identical ones."""
 
+    name: str = ""
     linears: dict[str, Linear] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
 
@@ -299,7 +300,7 @@ class Built:
         copies = runs[index]
         position = "*" if copies > 1 else str(sum(runs[:index]))
         prefix = f"{arch.layer_prefix}.{position}."
-        layer = Layer()
+        layer = Layer(prefix.removesuffix("."))
         with self.t.repeated(copies):  # loaded layer after layer
             for spec in arch.block:
                 self._add(layer, spec, prefix, copies)

@@ -137,7 +137,7 @@ class Sampling(_Part):
             processes apart (containers).
         card_peak_bytes: Most that was in use on the card.
         card_before_bytes: In use before the run.
-        sm_clock_mhz, memory_clock_mhz, power_w, temperature_c: Over the samples.
+        sm_clock_mhz, memory_clock_mhz, power_w, temperature_c: Over the samples while training.
         throttle_reasons: Every reason seen for clocks below the highest.
     """
 
@@ -234,7 +234,8 @@ class Record(_Part):
         ready_bytes: Allocated when training was about to start.
         first_step_peak_allocated_bytes, first_step_peak_reserved_bytes: Of step 1.
         peak_allocated_bytes: Largest allocated in the training steps after the first.
-        peak_reserved_bytes: Largest reserved in any training step.
+        peak_reserved_bytes: Largest reserved in any training step before an evaluation or save,
+            whose cached memory the later steps would show.
         peak_requested_bytes: As ``peak_allocated_bytes``, as the program asked, not rounded.
         reserved_at_end_bytes, device_used_at_end_bytes: Right after the last step.
         num_alloc_retries, num_ooms: The allocator's own counts at the end.
@@ -247,7 +248,7 @@ class Record(_Part):
         unpaged_bytes, num_unpaged_tensors: State a paged optimizer keeps on the card, because its
             parameter has fewer elements than bitsandbytes pages.
         num_trainable: Trainable parameters.
-        cublas_workspace_bytes: What clearing cuBLAS' workspaces gave back.
+        cublas_workspace_bytes: What clearing cuBLAS' workspaces gave back, as it was asked for.
         rates: What the card achieved in three small loops after the run (see ``measure.rates``).
         limit_search: The bracket of the smallest limit, where it was looked for; the figures are
             those of the run at that limit.

@@ -152,7 +152,7 @@ def measure(
                 emulated(spec, row.as_gpu) if row.as_gpu else spec,
                 row.find_limit,
                 parse_size(resolution),
-                may_skip=not no_skip,
+                may_skip=row.skip and not no_skip,
             )
             for row in rows
             for spec in row.specs

@@ -54,16 +54,23 @@ def predicted(record: Record) -> Prediction:
 def figures(record: Record, prediction: Prediction) -> list[Figure]:
     """Every number that both have."""
     roomy = record.run.limit_bytes is None
+    alone = not record.run.evaluate and not record.run.save and not record.run.paging
+    loading = [
+        record.phases[phase].peak_allocated_bytes
+        for phase in ("load", "prepare")
+        if phase in record.phases
+    ]
     found = [
         Figure("ready", record.ready_bytes, prediction.ready_bytes),
-        Figure("load peak", record.load_peak_bytes, prediction.load_peak_bytes),
+        Figure("load peak", max(filter(None, loading), default=None), prediction.load_peak_bytes),
         Figure("peak allocated", record.peak_allocated_bytes, prediction.peak_allocated_bytes),
     ]
     if roomy:
-        found += [
-            Figure("peak reserved", record.peak_reserved_bytes, prediction.peak_reserved_bytes),
-            Figure("on the card", record.device_peak_bytes, prediction.device_peak_bytes),
-        ]
+        found.append(
+            Figure("peak reserved", record.peak_reserved_bytes, prediction.peak_reserved_bytes)
+        )
+    if roomy and alone:
+        found.append(Figure("on the card", record.device_peak_bytes, prediction.device_peak_bytes))
     if record.limit_search is not None:
         least = record.limit_search.smallest_running_bytes
         found.append(Figure("smallest limit", least, prediction.min_limit_bytes))

@@ -95,8 +95,17 @@ def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
     return out
 
 
+def activate(t: Tape, x: Tensor, env: Env, name: str) -> Tensor:
+    """The activation function, a module of that name in the one at work."""
+    outer, t.owner = t.owner, f"{t.owner}.{name}"
+    out = ops.activation(env.dims.hidden_act)(t, x)
+    t.owner = outer
+    return out
+
+
 def rotary_tables(t: Tape, embeds: Tensor, env: Env) -> None:
     """LlamaRotaryEmbedding.forward: cos and sin in the hidden states' dtype."""
+    t.owner += ".rotary_emb"
     width = env.dims.rotary_dim
     half = t.new(env.length * width // 2, FP32)
     emb = t.new(env.length * width, FP32)

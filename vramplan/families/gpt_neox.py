@@ -10,6 +10,7 @@ from vramplan.config import MAX_LAYERS, ConfigReader
 from vramplan.families.common import (
     Env,
     Family,
+    activate,
     attend,
     layer_norm,
     rotary_prepare,
@@ -83,20 +84,24 @@ def partial_rotate(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Ten
 
 def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """GPTNeoXAttention.forward."""
-    t.owner = m.linears["attention.dense"].owner.removesuffix(".dense")
+    outer, t.owner = t.owner, f"{m.name}.attention"
     qkv = ops.view(t, m.linears["attention.query_key_value"](t, x))
     q, k, v = ops.split(t, qkv, (qkv.numel // 3,) * 3)
     q, k = partial_rotate(t, q, k, env)
     out, weights = attend(t, q, k, v, env, contiguous=False)
-    return m.linears["attention.dense"](t, out), weights
+    out = m.linears["attention.dense"](t, out)
+    t.owner = outer
+    return out, weights
 
 
 def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """GPTNeoXMLP.forward."""
-    t.owner = m.linears["mlp.dense_h_to_4h"].owner.removesuffix(".dense_h_to_4h")
+    outer, t.owner = t.owner, f"{m.name}.mlp"
     h = m.linears["mlp.dense_h_to_4h"](t, x)
-    h = ops.activation(env.dims.hidden_act)(t, h)
-    return m.linears["mlp.dense_4h_to_h"](t, h)
+    h = activate(t, h, env, "act")
+    h = m.linears["mlp.dense_4h_to_h"](t, h)
+    t.owner = outer
+    return h
 
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from vramplan import ops
 from vramplan.config import MAX_LAYERS, ConfigReader
-from vramplan.families.common import Env, Family, attend, causal_mask, layer_norm
+from vramplan.families.common import Env, Family, activate, attend, causal_mask, layer_norm
 from vramplan.formats import FP32, INT64
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, NormSpec
@@ -79,7 +79,7 @@ def rotate(t: Tape, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """GPTJAttention.forward."""
     d = env.dims
-    t.owner = m.linears["attn.q_proj"].owner.removesuffix(".q_proj")
+    outer, t.owner = t.owner, f"{m.name}.attn"
     q = ops.view(t, m.linears["attn.q_proj"](t, x))
     k = ops.view(t, m.linears["attn.k_proj"](t, x))
     v = ops.view(t, m.linears["attn.v_proj"](t, x))
@@ -103,7 +103,9 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     else:
         out, weights = attend(t, q, k, v, env)
     out = m.linears["attn.out_proj"](t, out)
-    return ops.dropout(t, out, d.residual_dropout), weights
+    out = ops.dropout(t, out, d.residual_dropout)
+    t.owner = outer
+    return out, weights
 
 
 def eager(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
@@ -125,11 +127,13 @@ def eager(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> tuple[Tensor, T
 
 def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """GPTJMLP.forward."""
-    t.owner = m.linears["mlp.fc_in"].owner.removesuffix(".fc_in")
+    outer, t.owner = t.owner, f"{m.name}.mlp"
     h = m.linears["mlp.fc_in"](t, x)
-    h = ops.activation(env.dims.hidden_act)(t, h)
+    h = activate(t, h, env, "act")
     h = m.linears["mlp.fc_out"](t, h)
-    return ops.dropout(t, h, env.dims.residual_dropout)
+    h = ops.dropout(t, h, env.dims.residual_dropout)
+    t.owner = outer
+    return h
 
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from vramplan import ops
 from vramplan.config import MAX_LAYERS, ConfigReader
-from vramplan.families.common import Env, Family, attend, rms_norm, rotary_prepare, rotate
+from vramplan.families.common import (
+    Env,
+    Family,
+    activate,
+    attend,
+    rms_norm,
+    rotary_prepare,
+    rotate,
+)
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, NormSpec
 from vramplan.tape import Tape, Tensor
@@ -70,13 +78,15 @@ def architecture(d: Dims, *, qkv_bias: bool | None = None) -> Architecture:
 
 def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """LlamaAttention.forward."""
-    t.owner = m.linears["self_attn.q_proj"].owner.removesuffix(".q_proj")
+    outer, t.owner = t.owner, f"{m.name}.self_attn"
     q = ops.view(t, m.linears["self_attn.q_proj"](t, x))
     k = ops.view(t, m.linears["self_attn.k_proj"](t, x))
     v = ops.view(t, m.linears["self_attn.v_proj"](t, x))
     q, k = rotate_both(t, q, k, env)
     out, weights = attend(t, q, k, v, env)
-    return m.linears["self_attn.o_proj"](t, out), weights
+    out = m.linears["self_attn.o_proj"](t, out)
+    t.owner = outer
+    return out, weights
 
 
 def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor]:
@@ -87,16 +97,17 @@ def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor
 
 def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """LlamaMLP.forward: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
-    t.owner = m.linears["mlp.gate_proj"].owner.removesuffix(".gate_proj")
-    act = ops.activation(env.dims.hidden_act)
-    return m.linears["mlp.down_proj"](
+    outer, t.owner = t.owner, f"{m.name}.mlp"
+    out = m.linears["mlp.down_proj"](
         t,
         ops.mul(
             t,
-            act(t, m.linears["mlp.gate_proj"](t, x)),
+            activate(t, m.linears["mlp.gate_proj"](t, x), env, "act_fn"),
             m.linears["mlp.up_proj"](t, x),
         ),
     )
+    t.owner = outer
+    return out
 
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:

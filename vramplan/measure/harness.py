@@ -181,17 +181,17 @@ class Harness:
                 "folder": str(folder),
                 "timeout_s": spec.timeout_s,
             }
-            sampling = None
+            sampler = None
             if self.machine and self.gpu:
                 self._start()
                 with Sampler(self.machine, self.gpu, before or 0) as sampler:
                     answer = self._ask(request)
-                sampling = sampler.document()
             else:
                 answer = self._ask(request)
             document = self._base(spec) | _kept(out)
             document |= self._ending(document, answer, spec)
-            document["sampling"] = sampling
+            times = document.pop("times", {})
+            document["sampling"] = sampler.document(times) if sampler else None
             document |= provenance()
             if self.gpu:
                 document["gpu"] = {

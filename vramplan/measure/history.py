@@ -8,6 +8,7 @@ allocate anything and leave the autograd graph as it is.
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +31,8 @@ class HistoryTap:
     def __init__(self, gauge: Gauge, book: PhaseBook) -> None:
         self.gauge = gauge
         self.stack: list[str] = []
-        self.backward_module = ""
+        self.backward_module = self.decoder = ""
+        self.names: dict[int, str] = {}
         self.phase = "load"
         self.marks: list[tuple[int, str, str, bool]] = []
         self.labels: list[tuple[int, dict[int, tuple[Kind, str]]]] = []
@@ -67,6 +69,11 @@ class HistoryTap:
             owner = _owner(name)
             module.register_forward_pre_hook(self._before(owner))
             module.register_forward_hook(self._after(owner), always_call=True)
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        table = model.get_input_embeddings()
+        self.decoder = next(
+            _owner(name).rpartition(".")[0] for name, m in model.named_modules() if m is table
+        )
         trained = Kind.ADAPTERS if hasattr(model, "get_base_model") else Kind.WEIGHTS
 
         def ready() -> None:
@@ -74,6 +81,14 @@ class HistoryTap:
             self._label(
                 (parameter, trained if parameter.requires_grad else Kind.WEIGHTS, name)
                 for name, parameter in model.named_parameters()
+            )
+            self._label(
+                (tensor, Kind.WEIGHTS, name)
+                for name, parameter in model.named_parameters()
+                for tensor in _quant_tensors(parameter)
+            )
+            self._label(
+                (buffer, Kind.WEIGHTS, _holder(name)) for name, buffer in model.named_buffers()
             )
 
         def update() -> None:
@@ -122,10 +137,10 @@ class HistoryTap:
             self.kept_to = self._count()
             inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
             self._label(
-                (value, Kind.OPTIMIZER, "optimizer")
-                for state in inner.state.values()
-                for value in state.values()
-                if torch.is_tensor(value)
+                (value, Kind.OPTIMIZER, self.names[id(parameter)])
+                for parameter, state in inner.state.items()
+                for key, value in state.items()
+                if torch.is_tensor(value) and not key.startswith("qmap")  # shared by all
             )
         if number == KEPT_STEPS:
             self.phase = "over"
@@ -243,6 +258,8 @@ class _Blocks:
         frames = [f["filename"] + ":" + f["name"] for f in entry.get("frames") or ()]
         if any(part in frame for frame in frames[:12] for part in BATCH_FRAMES):
             return Kind.BATCH, "batch"
+        if inside and owner == self.tap.decoder:  # positions and masks
+            return Kind.BATCH, owner
         kind = Kind.ACTIVATIONS
         if self._is_scratch(block, frames):
             kind = Kind.WORKSPACE
@@ -273,3 +290,24 @@ def _owner(name: str) -> str:
                  ".original_module", ".lora_dropout"):  # fmt: skip
         name = name.replace(word, "")
     return name.removesuffix(".weight").removesuffix(".bias") or "model"
+
+
+def _quant_tensors(parameter: Any) -> Iterable[Any]:
+    """The scales of a weight that bitsandbytes quantised."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return [value for value in (getattr(parameter, "SCB", None),) if torch.is_tensor(value)]
+    nested = state.state2 if state.nested else None
+    parts = [
+        state.absmax,
+        state.code,
+        state.offset,
+        *((nested.absmax, nested.code) if nested else ()),
+    ]
+    return [part for part in parts if torch.is_tensor(part)]
+
+
+def _holder(name: str) -> str:
+    """Who holds a buffer: its layer's buffers, or the model's."""
+    layer = re.match(r"(.*?\.\d+)\.", _owner(name))
+    return f"{layer[1]}.buffers" if layer else "buffers"

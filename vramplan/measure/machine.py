@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from vramplan.errors import EnvironmentProblem, UnknownNameError, UsageError
 from vramplan.gpus import find_gpu
 from vramplan.units import GIB, format_bytes
 
-SAMPLE_INTERVAL_S = 0.1
+SAMPLE_INTERVAL_S = 0.05
+SENSORS = ("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c")
 FOREIGN_BYTES = GIB  # more than a desktop takes: somebody whom the driver does not name
 LOCK_TIMEOUT_S = 0
 
@@ -215,11 +218,8 @@ class Sampler:
         self.machine, self.device, self.before_bytes = machine, device, before_bytes
         self.handle = machine.handle(device)
         self.strangers = set(machine.processes(device))
-        self.card: list[int] = []
-        self.process: list[int] = []
-        self.series: dict[str, list[float]] = {
-            "sm_clock_mhz": [], "memory_clock_mhz": [], "power_w": [], "temperature_c": [],
-        }  # fmt: skip
+        self.memory: list[tuple[float, int | None, int | None]] = []  # time, card, process
+        self.readings: list[tuple[float, str, float]] = []
         self.reasons = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -234,21 +234,23 @@ class Sampler:
 
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_INTERVAL_S):
+            now = time.monotonic()
+            card = process = None
             with contextlib.suppress(Exception):  # a card may not tell everything
-                self.card.append(self.machine.used_bytes(self.device))
+                card = self.machine.used_bytes(self.device)
             with contextlib.suppress(Exception):
                 own = [
                     size
                     for pid, (_, size) in self.machine.processes(self.device).items()
                     if pid not in self.strangers and size is not None
                 ]
-                if own:
-                    self.process.append(sum(own))
-            self._sample_clocks()
+                process = sum(own) if own else None
+            self.memory.append((now, card, process))
+            self._sample_clocks(now)
 
-    def _sample_clocks(self) -> None:
+    def _sample_clocks(self, now: float) -> None:
         nvml, handle = self.machine.nvml, self.handle
-        readings: dict[str, Callable[[], float]] = {
+        sensors: dict[str, Callable[[], float]] = {
             "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
             "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
             "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
@@ -256,21 +258,33 @@ class Sampler:
                 handle, nvml.NVML_TEMPERATURE_GPU
             ),
         }
-        for name, read in readings.items():
+        for name, read in sensors.items():
             with contextlib.suppress(Exception):
-                self.series[name].append(float(read()))
+                self.readings.append((now, name, float(read())))
         with contextlib.suppress(Exception):
             self.reasons |= nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
 
-    def document(self) -> dict[str, Any]:
-        """What was seen, as a record keeps it."""
+    def document(self, times: Mapping[str, float]) -> dict[str, Any]:
+        """What was seen, as a record keeps it.
+
+        Args:
+            times: Monotonic times of the worker: ``began``, ``ready`` (training begins) and
+                ``trained``; what it does afterwards is not part of the run.
+        """
+        end = times.get("trained", math.inf)
+        ready = times.get("ready", math.inf)
+        memory = [row for row in self.memory if times.get("began", -math.inf) <= row[0] <= end]
+        series: dict[str, list[float]] = {name: [] for name in SENSORS}
+        for when, name, value in self.readings:
+            if ready <= when <= end:
+                series[name].append(value)
         return {
             "interval_s": SAMPLE_INTERVAL_S,
-            "count": len(self.card),
-            "process_peak_bytes": max(self.process, default=None),
-            "card_peak_bytes": max(self.card, default=None),
+            "count": len(memory),
+            "process_peak_bytes": max((p for _, _, p in memory if p is not None), default=None),
+            "card_peak_bytes": max((c for _, c, _ in memory if c is not None), default=None),
             "card_before_bytes": self.before_bytes,
-            **{name: _spread(values) for name, values in self.series.items()},
+            **{name: _spread(values) for name, values in series.items()},
             "throttle_reasons": throttle_words(self.machine.nvml, self.reasons),
         }
 

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import resource
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,6 +86,7 @@ class Run:
     # -- the parts -------------------------------------------------------------------------------
 
     def _identify(self) -> None:
+        self.record["times"] = {"began": time.monotonic()}
         gpu = self.record["gpu"]
         if self.gauge.cuda:
             major, minor = torch.cuda.get_device_capability()
@@ -188,20 +190,23 @@ class Run:
 
     def _finish(self, trainer: Trainer, model: Any) -> None:
         record = self.record
+        record["times"]["trained"] = time.monotonic()
         record["reserved_at_end_bytes"] = self.gauge.reserved()
         record["device_used_at_end_bytes"] = self.gauge.device_used()
         self.keep_steps()
         record |= optimizer_facts(trainer.optimizer)
         record["num_trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.progress()
+        before = self.gauge.requested()
         if self.history is not None:
-            self.history.stop()
-        if self.gauge.cuda:
-            before = torch.cuda.memory_allocated()
+            self.history.stop()  # clears cuBLAS' workspaces too
+        elif self.gauge.cuda:
             torch._C._cuda_clearCublasWorkspaces()
-            record["cublas_workspace_bytes"] = before - torch.cuda.memory_allocated()
-            if self.spec.limit_bytes is None:
-                record["rates"] = measure_rates(self.device)
+        after = self.gauge.requested()
+        if before is not None and after is not None:
+            record["cublas_workspace_bytes"] = before - after
+        if self.spec.limit_bytes is None and not self.spec.history and not self.spec.paging:
+            record["rates"] = measure_rates(self.device)
 
     def keep_steps(self) -> None:
         """Book what the finished steps showed; also after a run that failed half-way."""
@@ -224,7 +229,8 @@ class Run:
             if later:
                 record[key] = _highest(later, key)
         if later:
-            record["peak_reserved_bytes"] = _highest(watch.steps, "peak_reserved_bytes")
+            undisturbed = watch.steps[: watch.evaluate_at or watch.save_at or None]
+            record["peak_reserved_bytes"] = _highest(undisturbed, "peak_reserved_bytes")
             record["peak_requested_bytes"] = _highest(later, "peak_requested_bytes")
             times = [step["time_s"] for step in later]
             job = self.spec.job

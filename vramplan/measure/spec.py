@@ -195,17 +195,25 @@ def make_specs(model: str, values: Mapping[str, Any], shared: RunSpec) -> list[R
 
 _RUN_KEYS = {
     "name", "steps", "limit", "as_gpu", "evaluate", "eval_batch_size", "eval_logits", "save",
-    "history", "paging", "find_limit", "repeat",
+    "history", "paging", "find_limit", "repeat", "skip",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixRow:
-    """One [[run]] table: the runs it stands for, and whether to look for their smallest limit."""
+    """One [[run]] table: the runs it stands for, and how to go about them.
+
+    Attributes:
+        specs: The runs.
+        find_limit: Whether to look for their smallest limits.
+        as_gpu: The card to stand in for.
+        skip: Whether what the estimate calls hopeless is left out.
+    """
 
     specs: tuple[RunSpec, ...]
     find_limit: bool
     as_gpu: str | None
+    skip: bool
 
 
 def read_matrix(path: Path, shared: RunSpec) -> list[MatrixRow]:
@@ -213,7 +221,7 @@ def read_matrix(path: Path, shared: RunSpec) -> list[MatrixRow]:
 
     Each ``[[run]]`` table has ``model`` and any field of Job (a list is swept over), and optionally
     name, steps, limit ("12GiB"), as_gpu, evaluate, eval_batch_size, eval_logits, save, history,
-    paging, find_limit and repeat.
+    paging, find_limit, repeat, and skip (false: also run what the estimate calls hopeless).
 
     Args:
         path: The file.
@@ -267,6 +275,7 @@ def _row(table: Mapping[str, Any], shared: RunSpec, where: str) -> MatrixRow:
         specs=tuple(repeated(specs, own.get("repeat", 1))),
         find_limit=bool(own.get("find_limit", False)),
         as_gpu=own.get("as_gpu"),
+        skip=bool(own.get("skip", True)),
     )
 
 

@@ -31,6 +31,12 @@ class Gauge:
         """Torch's memory_reserved, in bytes."""
         return torch.cuda.memory_reserved() if self.cuda else None
 
+    def requested(self) -> int | None:
+        """Bytes the program holds as it asked for them, not rounded."""
+        if not self.cuda:
+            return None
+        return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
+
     def device_used(self) -> int | None:
         """What the driver counts as used on the card, in bytes."""
         if not self.cuda:
@@ -166,6 +172,7 @@ class StepWatch(TrainerCallback):  # type: ignore[misc]
         gc.collect()
         self.book.enter("train")
         self.record["ready_bytes"] = self.book.gauge.allocated()
+        self.record["times"]["ready"] = time.monotonic()
         for listener in self.on_ready:
             listener()
         self.progress()
