@@ -97,9 +97,11 @@ class Harness:
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # so that the server makes no CUDA context
             "CUDA_VISIBLE_DEVICES": self.gpu.uuid if self.gpu else "",
         }
+        command = [sys.executable, "-m", "vramplan.measure.worker", self._folder]
+        command += [self.gpu.capability] if self.gpu else []
         with Path(self._folder, "log").open("w", encoding="utf-8") as log:
             self._server = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", "vramplan.measure.worker", self._folder],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -35,6 +35,7 @@ class Device:
         name: Product name.
         driver: Version of the driver.
         total_bytes: What nvidia-smi prints.
+        capability: Compute capability, such as "9.0".
         slug: Its name in our catalogue, None if it is not there.
     """
 
@@ -43,12 +44,8 @@ class Device:
     name: str
     driver: str
     total_bytes: int
+    capability: str
     slug: str | None
-
-    @property
-    def total_slug(self) -> str:
-        """A name for folders."""
-        return self.slug or "-".join(self.name.lower().split())
 
 
 class Machine:
@@ -93,6 +90,7 @@ class Machine:
             uuid=_text(self.nvml.nvmlDeviceGetUUID(handle)),
             name=name,
             driver=_text(self.nvml.nvmlSystemGetDriverVersion()),
+            capability="{}.{}".format(*self.nvml.nvmlDeviceGetCudaComputeCapability(handle)),
             total_bytes=int(self.nvml.nvmlDeviceGetMemoryInfo(handle).total),
             slug=slug,
         )

@@ -132,23 +132,33 @@ def run_name(model: str, job: Job, **extra: Any) -> str:
             words.append(_word(field.name, value))
     words += [_word(name, value) for name, value in extra.items() if value]
     text = "-".join(words).lower()
-    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-+") else "-" for c in text)
-    return "-".join(part for part in safe.split("-") if part)[:120]
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-+.") else "-" for c in text)
+    return "-".join(part for part in safe.strip(".").split("-") if part)[:120]
+
+
+_SHORT = {
+    "gradient_accumulation_steps": "accumulate",
+    "gradient_checkpointing": "checkpointing",
+    "lora_r": "r",
+    "lora_dropout": "dropout",
+    "mixed_precision": "autocast-",
+    "dtype": "dtype-",
+    "target_modules": "targets-",
+    "modules_to_save": "saving-",
+    "optim": "",
+    "attn_implementation": "",
+    "quant_type": "",
+    "emulated_gpu": "as-",
+}
 
 
 def _word(name: str, value: Any) -> str:
-    if value is True:
-        return name.replace("_", "")
-    if value is False:
-        return "no-" + name.replace("_", "")
+    short = _SHORT.get(name, name)
+    if isinstance(value, bool):
+        return short if value else f"no-{short}"
     if name == "limit_bytes":
         return f"limit{value // MIB}"
-    if name in ("optim", "attn_implementation", "quant_type", "emulated_gpu"):
-        return str(value).replace("_", "")
-    if isinstance(value, tuple):
-        value = "+".join(value)
-    short = {"gradient_accumulation_steps": "accumulate", "lora_r": "r"}
-    return f"{short.get(name, name.replace('_', ''))}{value}"
+    return short + ("+".join(value) if isinstance(value, tuple) else str(value))
 
 
 def expand(values: Mapping[str, Any]) -> list[dict[str, Any]]:

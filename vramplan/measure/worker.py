@@ -1,9 +1,9 @@
 """The worker: runs of the stock Trainer, each in a fresh process. Imports torch; its parent never.
 
-``python -m vramplan.measure.worker FOLDER`` serves runs: one JSON object a line on standard input
-(see ``Request``), each forked from a process that has the slow imports behind it but has not
-touched the GPU, and one JSON object a line back when it ended. It dies with its parent, and its
-workers with it.
+``python -m vramplan.measure.worker FOLDER [CAPABILITY]`` serves runs: one JSON object a line on
+standard input (see ``Request``), each forked from a process that has the slow imports behind it but
+has not touched the GPU, and one JSON object a line back when it ended. It dies with its parent, and
+its workers with it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def perform(request: Request) -> None:
     """Run one spec; its record is rewritten whenever something worth keeping is known."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from vramplan.measure.run import Run, is_out_of_memory  # noqa: PLC0415 - may touch the GPU
+    from vramplan.measure.run import Run, is_out_of_memory  # noqa: PLC0415 - imported by then
 
     document = json.loads(Path(request["spec"]).read_text(encoding="utf-8"))
     before = document.pop("card_before_bytes", None)
@@ -114,19 +114,37 @@ def perform(request: Request) -> None:
             file.write(text)
 
 
-def serve(folder: str) -> None:
+def import_all(capability: str | None) -> None:
+    """Do every slow import, once, without touching the GPU.
+
+    bitsandbytes asks for the card's compute capability while it is imported. torch would make a
+    CUDA context to answer, and no forked child could use the card; so it is told what NVML says.
+
+    Args:
+        capability: Such as "9.0"; None without a GPU.
+    """
+    asked = torch.cuda.get_device_capability
+    if capability is not None:
+        major, minor = capability.split(".")
+        torch.cuda.get_device_capability = lambda *_: (int(major), int(minor))
+    try:
+        import vramplan.measure.run  # noqa: F401, PLC0415 - Trainer, peft and bitsandbytes
+    finally:
+        torch.cuda.get_device_capability = asked
+    assert not torch.cuda.is_initialized(), "a forked child could not use the GPU"
+
+
+def serve(folder: str, capability: str | None = None) -> None:
     """Fork one child per request; answer with how it ended.
 
     Args:
         folder: The parent's temporary folder, removed here if the parent can no longer do it.
+        capability: The card's compute capability; None without a GPU.
     """
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    import transformers.models.auto.modeling_auto  # noqa: PLC0415 - the slow part
-    import transformers.quantizers  # noqa: F401, PLC0415
-
-    assert not torch.cuda.is_initialized(), "a forked child could not use the GPU"
+    import_all(capability)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request: Request = json.loads(line)
@@ -187,4 +205,4 @@ def _kill(child: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])
