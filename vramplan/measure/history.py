@@ -20,6 +20,7 @@ from vramplan.units import round_block
 
 MAX_ENTRIES = 4_000_000
 KEPT_STEPS = 2
+SEGMENT_ACTIONS = {"segment_alloc": 1, "segment_free": -1}
 PHASES = {phase.value for phase in Phase}
 BATCH_FRAMES = ("accelerate/data_loader", "send_to_device", "_prepare_input")
 HEADS = ("lm_head", "embed_out")
@@ -159,11 +160,13 @@ class HistoryTap:
         self.trace = torch.cuda.memory._snapshot()["device_traces"][device]
         torch.cuda.memory._record_memory_history(enabled=None)
 
-    def timeline(self) -> Timeline:
+    def timeline(self) -> tuple[Timeline, list[tuple[int, int]]]:
         """The run up to the end of its second step.
 
         Returns:
-            One section of events in the order of the run, sizes rounded as the allocator does.
+            A timeline of one section, its events in the order of the run, sizes rounded as the
+            allocator does; and the segments it took from the driver (bytes) or gave back (minus
+            bytes), each with the number of events before it.
 
         Known limitations:
             A block is booked to the module at work when it was made. Backward's blocks go to the
@@ -173,7 +176,7 @@ class HistoryTap:
         blocks = _Blocks(self)
         for entry in self.trace:
             blocks.see(entry)
-        return Timeline((Section(tuple(blocks.finish())),))
+        return Timeline((Section(tuple(blocks.finish())),)), blocks.segments
 
 
 class _Blocks:
@@ -190,6 +193,7 @@ class _Blocks:
         self.gone: dict[int, int] = {}  # block -> allocations made when it was freed
         self.known: dict[int, tuple[Kind, str]] = {}
         self.cut: int | None = None
+        self.segments: list[tuple[int, int]] = []  # (events before it, + or - its bytes)
 
     def see(self, entry: dict[str, Any]) -> None:
         """One entry of the allocator's trace."""
@@ -203,6 +207,8 @@ class _Blocks:
             self.live[address] = block
             self.made[block] = (self.count, entry)
             self.order.append((block, round_block(entry["size"])))
+        elif action in SEGMENT_ACTIONS and self.cut is None:
+            self.segments.append((len(self.order), SEGMENT_ACTIONS[action] * entry["size"]))
         elif action == "free_completed":
             block = self.live.pop(address, 0)
             if block:

@@ -109,7 +109,10 @@ def perform(request: Request) -> None:
             run.keep_steps()
     keep()
     if run is not None and run.history is not None and record["status"] == "done":
-        text = json.dumps(timeline_document(run.history.timeline()), separators=(",", ":"))
+        timeline, segments = run.history.timeline()
+        text = json.dumps(
+            timeline_document(timeline) | {"segments": segments}, separators=(",", ":")
+        )
         with gzip.open(out.with_suffix(".timeline.json.gz"), "wt", encoding="utf-8") as file:
             file.write(text)
 
