@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UsageError
+from vramplan.estimate import CUBLASLT_WORKSPACE, num_cublaslt_threads
 from vramplan.job import Job
 from vramplan.profile import NEEDED, SCHEMA_VERSION, Constant, Profile, profile_file, profile_for
 from vramplan.record import Record, provenance, read_record, write_text
@@ -63,7 +65,7 @@ class Group:
 
 def _process(record: Record, *, bitsandbytes: bool) -> int | None:
     job = Job.from_dict(record.job)
-    if record.paged_bytes or job.uses_bitsandbytes is not bitsandbytes:
+    if record.paged_bytes or record.run.paging or job.uses_bitsandbytes is not bitsandbytes:
         return None
     return record.beyond_reserved_bytes
 
@@ -71,6 +73,15 @@ def _process(record: Record, *, bitsandbytes: bool) -> int | None:
 def _driver_reserved(record: Record) -> int | None:
     whole, usable = record.gpu.nvml_total_bytes, record.gpu.total_bytes
     return None if whole is None or usable is None else whole - usable
+
+
+def _cublas(record: Record) -> int | None:
+    """CuBLAS' own workspaces, without those of cuBLASLt, which a formula knows."""
+    if record.cublas_workspace_bytes is None:
+        return None
+    model = model_from_config(record.config, record.model)
+    threads = num_cublaslt_threads(model, Job.from_dict(record.job))
+    return record.cublas_workspace_bytes - threads * CUBLASLT_WORKSPACE
 
 
 def _rate(name: str) -> Callable[[Record], float | None]:
@@ -97,7 +108,7 @@ RULES = (
         "cublas_workspace_bytes",
         "bytes",
         "cuBLAS workspaces of the forward and the backward thread",
-        lambda r: r.cublas_workspace_bytes,
+        _cublas,
         0.01,
     ),
     Rule(
@@ -111,7 +122,7 @@ RULES = (
         "host_bytes",
         "bytes",
         "resident host memory of the process",
-        lambda r: r.host_rss_peak_bytes,
+        lambda r: None if r.run.evaluate else r.host_rss_peak_bytes,  # kept logits go there
         0.60,
     ),
     Rule(
@@ -148,13 +159,6 @@ RULES = (
         "device-to-device copy, bytes read plus written",
         _rate("copy_bytes_per_s"),
         0.25,
-    ),
-    Rule(
-        "dequantise_4bit_weights_per_s",
-        "weights/s",
-        "NF4 weights made 16-bit again, double quantisation",
-        _rate("dequantise_4bit_weights_per_s"),
-        0.40,
     ),
 )
 MANAGED = "managed_step_bytes"
@@ -314,7 +318,7 @@ def _managed_step(
     taken: dict[str, tuple[int, float]] = {}
     for record in records:
         held = record.beyond_reserved_bytes
-        if base is not None and record.paged_bytes and held is not None:
+        if base is not None and record.paged_bytes and held is not None and not record.run.paging:
             taken[record.name] = record.paged_bytes, held - base.value
     if not taken:
         assumed = profile_for(None).constants[MANAGED]

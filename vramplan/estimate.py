@@ -20,13 +20,14 @@ from vramplan.families.common import Env
 from vramplan.formats import FP32, INT64
 from vramplan.job import Job
 from vramplan.layers import Built, Layer
-from vramplan.model import Model
+from vramplan.model import LinearSpec, Model
 from vramplan.tape import Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8
+CUBLASLT_WORKSPACE = 1024**2
 DEFAULT_CAPABILITY = (9, 0)  # the card of the recorded runs
 
 
@@ -69,6 +70,23 @@ def runs_of(num_layers: int) -> list[int]:
     return [1] if num_layers == 1 else [1, num_layers - 1]
 
 
+def num_cublaslt_threads(model: Model, job: Job) -> int:
+    """How many threads hold a cuBLASLt workspace: those that run a linear layer with a bias.
+
+    The backward thread runs one only when it recomputes a checkpointed layer. LLM.int8 adds its
+    biases itself.
+
+    Source:
+        torch 2.11 ``aten/src/ATen/native/cuda/Blas.cpp`` (``addmm`` with a bias goes to cuBLASLt),
+        ``aten/src/ATen/cuda/CUDABlas.cpp`` (1 MiB); 64, 65 or 66 MiB in all recorded runs.
+    """
+    arch = model.architecture
+    in_block = not (job.quantised and job.quant_type == "int8") and any(
+        isinstance(module, LinearSpec) and module.bias for module in arch.block
+    )
+    return int(in_block or arch.head.bias) + int(in_block and job.gradient_checkpointing)
+
+
 def attention_of(family: Family, job: Job) -> str:
     """The attention implementation transformers would use.
 
@@ -100,8 +118,8 @@ def estimate(
         job: The job.
         capability: Compute capability of the card, which decides cuBLAS's workspaces and the
             attention kernel.
-        workspace_bytes: cuBLAS's workspaces of both threads as measured on the card; None for
-            what PyTorch gives that generation.
+        workspace_bytes: cuBLAS's workspaces of both threads as measured on the card, cuBLASLt's
+            left out; None for what PyTorch gives that generation.
 
     Returns:
         Its numbers, all in bytes as torch's allocator counts them.
@@ -149,9 +167,10 @@ class Step:
         ready, load_peak = t.live_bytes, t.peak_bytes
         t.phase = Phase.PREPARE
         optimizer_bytes, paged, self.optimizer = self._optimizer_state()
+        lt = [CUBLASLT_WORKSPACE] * num_cublaslt_threads(self.model, self.job)
         self.workspaces = [
-            Storage(t, self.workspace_bytes, Kind.WORKSPACE, "cublas")
-            for _thread in ("forward", "backward")
+            Storage(t, nbytes, Kind.WORKSPACE, "cublas")
+            for nbytes in (self.workspace_bytes, self.workspace_bytes, *lt)  # one a thread
         ]
         static = t.live_bytes
         before = t.peak_bytes

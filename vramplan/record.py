@@ -6,7 +6,6 @@ added within a schema version; a file of a newer version is refused.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
@@ -388,18 +387,8 @@ def write_text(path: Path, text: str) -> None:
 
 def provenance() -> dict[str, Any]:
     """Command, time and git commit, which every file of ours carries."""
-    commit = os.environ.get("GITHUB_SHA")  # a runner may have the files without their history
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = (
-            subprocess.run(
-                ["git", "rev-parse", "HEAD"],  # noqa: S607 - the user's own git
-                capture_output=True,
-                text=True,
-                timeout=5,
-                check=True,
-            ).stdout.strip()
-            or None
-        )
+    # a runner may have the files without their history, or with that of another commit
+    commit = os.environ.get("GITHUB_SHA") or _git_commit()
     program = Path(sys.argv[0]).name
     words = ["vramplan" if program == "__main__.py" else program, *sys.argv[1:]]
     return {
@@ -407,3 +396,13 @@ def provenance() -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
     }
+
+
+def _git_commit() -> str | None:
+    """HEAD of the working directory; None outside a repository or without git."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from vramplan.calibrate import WHAT, Fitted, find_records, fit_profiles, write_profile
+from vramplan.calibrate import Fitted, find_records, fit_profiles, write_profile
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.profile import Constant
@@ -63,20 +64,22 @@ def print_profile(fitted: Fitted) -> None:
     )
     out.print()
     table = output.plain_table(
-        ("constant", "left"), ("value", "right"), ("residual", "right"), ("seen", "right"),
-        ("runs", "right"), ("confidence", "left"), ("what it is", "left"),
+        ("constant", "left"), ("value", "right"), ("off by", "right"), ("lowest", "right"),
+        ("highest", "right"), ("runs", "right"), ("confidence", "left"),
     )  # fmt: skip
     for name, constant in profile.constants.items():
+        unit = constant.unit
         table.add_row(
-            name.rsplit("_bytes", 1)[0] if name.endswith("_bytes") else name,
-            text_of(constant.value, constant.unit),
-            text_of(constant.residual, constant.unit),
-            f"{text_of(constant.low, constant.unit)} to {text_of(constant.high, constant.unit)}",
+            name.replace("_", " "),
+            text_of(constant.value, unit),
+            text_of(constant.residual, unit),
+            text_of(constant.low, unit),
+            text_of(constant.high, unit),
             str(constant.num_observations),
             _confidence(constant),
-            WHAT[name],
         )
     out.print(table)
+    out.print(Text("off by: median distance from the value over the runs", style="dim"))
 
 
 def _confidence(constant: Constant) -> str:

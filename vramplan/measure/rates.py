@@ -22,9 +22,9 @@ def measure_rates(device: torch.device) -> dict[str, float] | None:
 
     Returns:
         ``launch_overhead_s`` (seconds per small operation launched from Python), matrix rates in
-        operations per second for each dtype the card has units for (and for a thin product),
-        ``copy_bytes_per_s`` (bytes read plus bytes written), and how many NF4 weights bitsandbytes
-        dequantises a second. None where there is not enough room, or no GPU.
+        operations per second for each dtype the card has units for (and for a thin product), and
+        ``copy_bytes_per_s`` (bytes read plus bytes written). None where there is not enough room,
+        or no GPU.
 
     Known limitations:
         One square matrix size: smaller or thinner products achieve less.
@@ -43,7 +43,6 @@ def measure_rates(device: torch.device) -> dict[str, float] | None:
             rates[f"{name}_flops_per_s"] = 2 * MATRIX**3 / seconds
             seconds = _seconds(lambda a=a[:THIN], b=b: a @ b, 20)  # type: ignore[misc]
             rates["thin_flops_per_s"] = 2 * THIN * MATRIX**2 / seconds
-        rates["dequantise_4bit_weights_per_s"] = _dequantise(a)
         source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         rates["copy_bytes_per_s"] = 2 * COPY_BYTES / _seconds(lambda: target.copy_(source), 20)
@@ -64,14 +63,6 @@ def _launch_overhead(device: torch.device) -> float:
     launched = time.perf_counter() - began
     torch.cuda.synchronize()
     return launched / NUM_LAUNCHES
-
-
-def _dequantise(weight: torch.Tensor) -> float:
-    """NF4 weights per second that bitsandbytes makes 16-bit again (double quantisation)."""
-    import bitsandbytes.functional as bnb  # noqa: PLC0415 - an optional part of the run
-
-    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    return float(weight.numel()) / _seconds(lambda: bnb.dequantize_4bit(packed, state), 20)
 
 
 def _seconds(work: Callable[[], object], repeats: int) -> float:
