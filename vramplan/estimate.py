@@ -166,6 +166,7 @@ class Step:
         t = self.tape
         ready, load_peak = t.live_bytes, t.peak_bytes
         t.phase = Phase.PREPARE
+        self.built.cast_biases()
         optimizer_bytes, paged, self.optimizer = self._optimizer_state()
         lt = [CUBLASLT_WORKSPACE] * num_cublaslt_threads(self.model, self.job)
         self.workspaces = [
@@ -236,7 +237,7 @@ class Step:
         with t.no_autocast():
             self._backward(loss)
         del loss
-        self.env.cos = self.env.sin = self.env.mask = self.env.kept = None
+        self.env.kept = None
         del batch
 
     def _forward(self) -> Tensor:
@@ -314,6 +315,7 @@ class Step:
             t.run_backward(marks[index + 1])
             with t.repeated(self.runs[index]):
                 t.run_backward(marks[index])
+        self.env.cos = self.env.sin = self.env.mask = None  # the last checkpoint held them
         t.run_backward()
 
     def _optimizer_step(self) -> None:

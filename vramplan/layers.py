@@ -154,6 +154,7 @@ class Built:
 
     def __init__(self, t: Tape, model: Model, job: Job, runs: list[int]) -> None:
         self.t = t
+        self.runs = runs
         self.job = job
         self.model = model
         arch = model.architecture
@@ -184,6 +185,21 @@ class Built:
                 self.t, round_block(param.numel * param.dtype.size), Kind.WEIGHTS, param.owner
             )
         self.t.empty_cache()
+
+    def cast_biases(self) -> None:
+        """What the first forward does for good: a 4-bit layer's bias takes the compute dtype.
+
+        Source: bitsandbytes 0.50.2 ``nn/modules.py`` (``Linear4bit.forward``).
+        """
+        for layer, copies in zip(self.layers, self.runs, strict=True):
+            with self.t.repeated(copies):
+                for linear in layer.linears.values():
+                    bias = linear.bias
+                    four_bit = linear.quant_type not in ("", "int8")
+                    if four_bit and bias is not None and bias.dtype is not linear.compute:
+                        nbytes = round_block(bias.numel * linear.compute.size)
+                        bias.storage = Storage(self.t, nbytes, Kind.WEIGHTS, bias.owner)
+                        bias.dtype = linear.compute
 
     # -- building blocks ----------------------------------------------------------------------
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import io
 
-import pytest
+from rich.console import Console
 
-from vramplan.accuracy import read_record, report, rows, summary
-from vramplan.errors import RecordError
+from vramplan.accuracy import repeats, report, rows, summary
+from vramplan.cli.measured import print_run, read_timeline
+from vramplan.record import read_record
 from vramplan.resources import profiles_dir
 
 ROOT = profiles_dir().parent
@@ -26,29 +26,58 @@ def test_readme_quotes_the_summary() -> None:
         assert line in readme
 
 
+def test_readme_shows_a_recorded_run() -> None:
+    """What the README prints of a measurement is what the command prints of its record."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    name = "gpt-j-6b-qlora-4x1024-as-rtx-3060-12gb"
+    shown = io.StringIO()
+    print_run(Console(file=shown, width=100), read_record(FOLDER / "runs" / f"{name}.json"))
+    assert "\n".join(line.rstrip() for line in shown.getvalue().splitlines()) in readme
+
+
 def test_enough_is_recorded() -> None:
-    done = [row for row in rows(FOLDER) if row.record["status"] == "done"]
-    families = {row.record["config"]["model_type"] for row in done}
-    methods = {row.record["job"]["method"] for row in done}
-    assert len(done) >= 10 and len(families) >= 3
-    assert methods == {"full", "lora", "qlora"}
-    for row in done:
-        assert row.record["versions"]["torch"] and row.record["gpu"]["driver"]
-        assert row.record["command"]
+    """Breadth of the shipped measurements, and that each says where it comes from."""
+    found = [row.record for row in rows(FOLDER)]
+    done = [record for record in found if record.status == "done"]
+
+    def seen(key: str) -> set[object]:
+        return {record.job[key] for record in done if isinstance(record.job[key], (str, int))}
+
+    assert len(found) >= 40 and len({r.config["model_type"] for r in done}) >= 5
+    assert seen("method") == {"full", "lora", "qlora"}
+    assert seen("gradient_checkpointing") == seen("prepare_kbit") == {True, False}
+    assert seen("batch_size") >= {1, 2, 4, 8} and seen("seq_len") >= {256, 512, 1024, 2048, 4096}
+    assert len(seen("optim")) >= 6 and len(seen("lora_r")) >= 3
+    assert "eager" in {record.job["attn_implementation"] for record in done}
+    assert sum(record.limit_search is not None for record in done) >= 8
+    assert sum(record.paging is not None and record.paging.measured for record in done) >= 4
+    assert sum(record.run.evaluate and record.run.save for record in done) >= 4
+    assert sum(record.run.history for record in done) >= 10
+    for record in found:
+        assert record.versions["torch"] and record.gpu.driver and record.command and record.commit
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"schema_version": 99}', '{"schema_version": "x"}']
-)
-def test_unreadable_records_are_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "record.json"
-    path.write_text(text)
-    with pytest.raises(RecordError, match=r"record\.json"):
-        read_record(path)
+def test_every_history_is_there_and_reads() -> None:
+    for row in rows(FOLDER):
+        path = FOLDER / "runs" / f"{row.record.name}.timeline.json.gz"
+        assert path.exists() == row.record.run.history
+        if row.record.run.history:
+            assert read_timeline(path).peak().nbytes > 0
 
 
-def test_newer_record_says_what_to_do(tmp_path: Path) -> None:
-    path = tmp_path / "record.json"
-    path.write_text(json.dumps({"schema_version": 2}))
-    with pytest.raises(RecordError, match="update it"):
-        read_record(path)
+def test_repeated_runs_agree_to_the_byte() -> None:
+    lines = [line for line in repeats(rows(FOLDER)) if line.count("equal") == 2]
+    assert len(lines) == 3
+
+
+def test_paging_that_was_asked_for_moved_the_paged_bytes() -> None:
+    """After a save read them on the host, the next step brings back exactly the paged bytes."""
+    for row in rows(FOLDER):
+        seen = row.record.paging
+        if seen is None or not seen.measured or not row.record.run.save:
+            continue
+        save, after = seen.windows[-2:]
+        assert save.window == "save"
+        assert sum(after.host_to_device_bytes.values()) == row.record.paged_bytes
+        assert sum(save.device_to_host_bytes.values()) >= (row.record.paged_bytes or 0)
+        assert save.cpu_faults == save.major_faults

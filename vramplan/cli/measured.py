@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from vramplan.catalogue import model_from_config
+from vramplan.accuracy import figures, predicted
 from vramplan.cli import output
-from vramplan.errors import RecordError, UnknownNameError
-from vramplan.gpus import Gpu, find_gpu
-from vramplan.job import Job
-from vramplan.prediction import Prediction, predict
+from vramplan.errors import RecordError
 from vramplan.record import Paging, Record, Spread
 from vramplan.timeline import Kind, Timeline, timeline_from_document
 from vramplan.units import format_bytes, format_rate, format_seconds
@@ -24,59 +21,6 @@ SCHEMA_VERSION = 1
 MAX_TIMELINE_BYTES = 512 * 1024**2
 MAX_TERMS = 30
 STATUS_STYLES = {"done": "green", "oom": "red", "skipped": "yellow"}
-
-
-class Figure(NamedTuple):
-    """One number that is both predicted and measured, in bytes."""
-
-    name: str
-    measured: int | None
-    predicted: int
-
-    @property
-    def error(self) -> float | None:
-        """Predicted over measured, minus one; None where it was not measured."""
-        return None if not self.measured else self.predicted / self.measured - 1
-
-
-def predicted(record: Record) -> Prediction:
-    """The estimate of the same job on the same card."""
-    gpu: Gpu | None = None
-    if record.gpu.slug:
-        try:
-            gpu = find_gpu(record.gpu.slug)
-        except UnknownNameError:
-            gpu = None
-    model = model_from_config(record.config, record.model)
-    return predict(model, Job.from_dict(record.job), gpu)
-
-
-def figures(record: Record, prediction: Prediction) -> list[Figure]:
-    """Every number that both have."""
-    roomy = record.run.limit_bytes is None
-    alone = not record.run.evaluate and not record.run.save and not record.run.paging
-    loading = [
-        record.phases[phase].peak_allocated_bytes
-        for phase in ("load", "prepare")
-        if phase in record.phases
-    ]
-    found = [
-        Figure("ready", record.ready_bytes, prediction.ready_bytes),
-        Figure("load peak", max(filter(None, loading), default=None), prediction.load_peak_bytes),
-        Figure("peak allocated", record.peak_allocated_bytes, prediction.peak_allocated_bytes),
-    ]
-    if roomy:
-        found.append(
-            Figure("peak reserved", record.peak_reserved_bytes, prediction.peak_reserved_bytes)
-        )
-    if roomy and alone:
-        found.append(Figure("on the card", record.device_peak_bytes, prediction.device_peak_bytes))
-    if record.limit_search is not None:
-        least = record.limit_search.smallest_running_bytes
-        found.append(Figure("smallest limit", least, prediction.min_limit_bytes))
-    if record.paged_bytes is not None:
-        found.append(Figure("paged", record.paged_bytes, prediction.paged_bytes))
-    return found
 
 
 def document(records: list[Record]) -> dict[str, Any]:
@@ -176,9 +120,8 @@ def _print_figures(out: Console, record: Record) -> None:
         )
     )
     if record.num_alloc_retries or record.num_ooms:
-        out.print(
-            f"The allocator gave back its cache and tried again {record.num_alloc_retries} times."
-        )
+        again = "once" if record.num_alloc_retries == 1 else f"{record.num_alloc_retries} times"
+        out.print(f"The allocator gave back its cache and tried again {again}.")
     search = record.limit_search
     if search is not None:
         below = (
