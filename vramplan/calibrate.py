@@ -214,6 +214,7 @@ def fit_profiles(records: Sequence[Record]) -> list[Fitted]:
 
 
 def _fit(group: Group, records: Sequence[Record]) -> Fitted:
+    records = _named_apart(records)
     if len(records) < MIN_RECORDS:
         raise UsageError(
             f"{group.gpu_name}, driver {group.driver}, torch {group.torch}: {len(records)} "
@@ -261,6 +262,17 @@ def _fit(group: Group, records: Sequence[Record]) -> Fitted:
         },
     }
     return Fitted(profile, observations, document)
+
+
+def _named_apart(records: Sequence[Record]) -> list[Record]:
+    """Records of one name, from several folders, numbered."""
+    seen: dict[str, int] = {}
+    named = []
+    for record in records:
+        count = seen[record.name] = seen.get(record.name, 0) + 1
+        name = record.name if count == 1 else f"{record.name} ({count})"
+        named.append(record.model_copy(update={"name": name}))
+    return named
 
 
 def _versions(records: Sequence[Record]) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ in the data folder, wins over a shipped one, the newest over an older one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -171,7 +172,15 @@ def read_profile(path: Path, *, own: bool = False) -> Profile:
             own=own,
         )
         missing = sorted(NEEDED - profile.constants.keys())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise RecordError(
             f"{path} cannot be read as a profile ({error!r}); make it again with vramplan "
             "calibrate, or delete it"
@@ -187,6 +196,9 @@ NEEDED = {
 
 
 def _constant(values: Mapping[str, Any]) -> Constant:
+    numbers = [float(values[key]) for key in ("value", "low", "high", "residual")]
+    if not all(math.isfinite(number) and number >= 0 for number in numbers) or not numbers[0]:
+        raise ValueError(f"{numbers} are not a constant")
     return Constant(
         value=float(values["value"]),
         unit=str(values["unit"]),
@@ -200,10 +212,9 @@ def _constant(values: Mapping[str, Any]) -> Constant:
 
 def profile_file(gpu: str, driver: str, torch: str) -> str:
     """Name of the file of a GPU's Profile, below a folder of calibrations."""
-    safe = "".join(
-        c if c.isalnum() or c in ".+-" else "-" for c in f"driver-{driver}-torch-{torch}"
-    )
-    return f"{gpu}/{safe}.json"
+    name = f"driver-{driver}-torch-{torch}"
+    safe = ["".join(c if c.isalnum() or c in ".+-" else "-" for c in text) for text in (gpu, name)]
+    return f"{safe[0].lstrip('.') or 'gpu'}/{safe[1]}.json"
 
 
 def _found(folder: Path, gpu: str, *, own: bool) -> Iterator[Profile]:

@@ -6,6 +6,7 @@ added within a schema version; a file of a newer version is refused.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -330,7 +331,7 @@ def parse_record(document: Any, where: str) -> Record:
         RecordError: If it is not a record, or of a newer version.
     """
     version = document.get("schema_version") if isinstance(document, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise RecordError(f"{where} is not a record of vramplan: it has no schema_version")
     if version > SCHEMA_VERSION:
         raise RecordError(
@@ -370,6 +371,11 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all (see ``write_whole``)."""
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is either the old or the new one, never a part.
 
     Raises:
@@ -378,10 +384,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise EnvironmentProblem(f"cannot write {path}: {error.strerror or error}") from None
 
 

@@ -184,11 +184,6 @@ def test_labels_say_what_a_place_could_not() -> None:
     assert story.kind_of("state") == (Kind.OPTIMIZER, f"{MLP}.up_proj")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_Blocks applies labels only at the next allocation; a block that is released before it "
-    "has lost its label by then",
-)
 def test_a_gradient_released_before_anything_else_is_made_is_a_gradient() -> None:
     """A fused optimizer makes nothing from its second step on: zero_grad comes next."""
     story = Story().at("backward", MLP).alloc("grad").label(grad=(Kind.GRADIENTS, MLP))

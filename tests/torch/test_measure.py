@@ -260,11 +260,6 @@ def test_the_method_decides_what_is_trained(campaign: Call) -> None:
     assert found["qlora"].num_trainable == lora
 
 
-NOTHING = pytest.mark.xfail(
-    strict=True, reason="optimizer_facts counts what lies on the card, 0, where there is no card"
-)
-
-
 @pytest.mark.parametrize(
     "field",
     [
@@ -273,9 +268,7 @@ NOTHING = pytest.mark.xfail(
         "peak_allocated_bytes", "peak_reserved_bytes", "peak_requested_bytes",
         "reserved_at_end_bytes", "device_used_at_end_bytes", "device_peak_bytes",
         "num_alloc_retries", "num_ooms", "cublas_workspace_bytes", "rates", "sampling",
-        pytest.param("optimizer_bytes", marks=NOTHING),
-        pytest.param("paged_bytes", marks=NOTHING),
-        pytest.param("unpaged_bytes", marks=NOTHING),
+        "optimizer_bytes", "paged_bytes", "unpaged_bytes",
     ],
 )  # fmt: skip
 def test_what_no_gpu_showed_is_null(campaign: Call, field: str) -> None:
@@ -414,11 +407,6 @@ def doomed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
         yield calls
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a measuring process whose parent is killed while it imports ends with BrokenPipeError "
-    "at its first answer, and leaves the temporary folder",
-)
 def test_a_parent_killed_early_leaves_nothing(doomed: dict[str, Call]) -> None:
     call = doomed["loading"]
     assert gone(call.orphan)

@@ -250,11 +250,6 @@ def test_a_tenth_may_be_off() -> None:
     assert (found.value, found.high, found.residual) == (700 * MIB, 1400 * MIB, 0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="observations are keyed by the record's name: of two records with one name, from two "
-    "folders, the first is silently left out",
-)
 def test_records_of_one_name_all_count() -> None:
     (fitted,) = fit_profiles([*three(), record("one", context_bytes=410 * MIB)])
     assert fitted.profile.constants["context_bytes"].num_observations == 4
@@ -310,15 +305,9 @@ def test_a_profile_is_not_overwritten_unasked(tmp_path: Path) -> None:
         {"driver": "570.1/../../.."},
         pytest.param(
             {"slug": "../../outside"},
-            marks=pytest.mark.xfail(
-                strict=True, reason="profile_file takes a record's slug as it is: a path out"
-            ),
         ),
         pytest.param(
             {"slug": None, "name": "../../outside"},
-            marks=pytest.mark.xfail(
-                strict=True, reason="profile_file takes a card's name as it is: a path out"
-            ),
         ),
     ],
 )
@@ -340,9 +329,6 @@ def constant(**values: Any) -> Edit:
     return lambda document: document["constants"]["managed_step_bytes"].update(values)
 
 
-NOT_CHECKED = pytest.mark.xfail(
-    strict=True, reason="read_profile takes any number; the first prediction then fails unexplained"
-)
 BROKEN: dict[str, tuple[Edit, str]] = {
     "newer": (lambda d: d.update(schema_version=2), "update it"),
     "no version": (lambda d: d.pop("schema_version"), "vramplan calibrate"),
@@ -359,15 +345,9 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "a step is zero": (constant(value=0), "vramplan calibrate"),
     "a value is negative": (constant(value=-1.0), "vramplan calibrate"),
 }
-UNCHECKED = {
-    "a count is infinite", "a value is nan", "a value is infinite", "a step is zero",
-    "a value is negative",
-}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[NOT_CHECKED] if n in UNCHECKED else []) for n in BROKEN]
-)
+@pytest.mark.parametrize("name", BROKEN)
 def test_broken_profiles_are_refused(tmp_path: Path, name: str) -> None:
     (fitted,) = fit_profiles(three())
     path = write_profile(tmp_path, fitted)
@@ -490,10 +470,6 @@ def test_calibrate_and_then_fit(tmp_path: Path) -> None:
     assert str(path) in broken.stderr
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="write_text removes its temporary file outside of any try: NotADirectoryError escapes",
-)
 def test_an_output_that_is_no_folder(tmp_path: Path) -> None:
     for one in three():
         write_record(tmp_path / f"{one.name}.json", one)

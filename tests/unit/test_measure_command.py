@@ -81,16 +81,6 @@ def refused(done: Done, words: str) -> None:
 
 # -- options ---------------------------------------------------------------------------------------
 
-IGNORED = "with --matrix, options that only one model's runs read are ignored without a word"
-
-
-def ignored(*arguments: str) -> Any:
-    return pytest.param(
-        ("--matrix", "runs.toml", *arguments),
-        "--matrix",
-        marks=pytest.mark.xfail(strict=True, reason=IGNORED),
-    )
-
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -120,10 +110,10 @@ def ignored(*arguments: str) -> Any:
         (("--matrix", "nowhere.toml"), "nowhere.toml"),
         (("--matrix", "empty.toml"), "no [[run]] tables"),
         (("--matrix", "unknown.toml"), "unknown key 'batchsize'"),
-        ignored("--batch-size", "4"),
-        ignored("--as-gpu", "t4"),
-        ignored("--find-limit"),
-        ignored("--repeat", "2"),
+        (("--matrix", "runs.toml", "--batch-size", "4"), "--matrix"),
+        (("--matrix", "runs.toml", "--as-gpu", "t4"), "--matrix"),
+        (("--matrix", "runs.toml", "--find-limit"), "--matrix"),
+        (("--matrix", "runs.toml", "--repeat", "2"), "--matrix"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -142,11 +132,6 @@ def test_what_cannot_be_meant_is_refused(
     assert harness.runs == [] and left_in(tmp_path) == before
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a job that cannot be predicted is found out only when its turn comes: on a GPU it ends "
-    "the sweep there, without one --json fails after all has run",
-)
 def test_a_job_that_no_model_can_have_is_refused_before_anything_runs(
     measure: Measure, harness: FakeHarness, tmp_path: Path
 ) -> None:
@@ -155,10 +140,6 @@ def test_a_job_that_no_model_can_have_is_refused_before_anything_runs(
     assert harness.runs == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the record of --weights carries MODEL's config, whatever the checkpoint is of",
-)
 def test_weights_of_another_model_are_refused(measure: Measure, tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(b"")
@@ -212,9 +193,6 @@ def test_force_measures_all_again(measure: Measure, harness: FakeHarness) -> Non
     assert len(harness.runs) == 4
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a matrix of one run is taken for a single run, and numbered instead"
-)
 def test_a_matrix_of_one_run_is_resumed(
     measure: Measure, harness: FakeHarness, tmp_path: Path
 ) -> None:
@@ -252,10 +230,6 @@ def test_another_runs_record_stops_a_sweep(
     assert read_record(path).run.num_steps == 9
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="only a matrix looks for two runs of one name; here the second replaces the first",
-)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -270,10 +244,6 @@ def test_two_runs_of_one_name_are_refused(
     refused(measure("pythia-70m", *arguments), "name")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="measure() gives a run its name before it knows of --as-gpu; a matrix does not",
-)
 def test_emulated_cards_are_in_the_name(measure: Measure, harness: FakeHarness) -> None:
     for gpu in ("t4-16gb", "rtx-3090-24gb"):
         measure("pythia-70m", "--as-gpu", gpu)
@@ -364,10 +334,6 @@ def test_json_is_one_document(measure: Measure) -> None:
     assert figures["ready"]["predicted_bytes"] > 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="without a GPU --explain compares with an empty timeline: 0 B and -1 B measured",
-)
 def test_explain_without_a_gpu_has_nothing_to_compare(
     measure: Measure, harness: FakeHarness
 ) -> None:

@@ -112,24 +112,24 @@ def test_a_run_that_fails_otherwise_ends_the_search(status: str) -> None:
 
 
 def test_an_emulated_card_leaves_room_for_what_the_allocator_does_not_see() -> None:
-    spec = emulated(spec_of("gpt-j-6b", optim="adamw_8bit"), "3060")
+    spec = emulated(spec_of("gpt-j-6b", optim="adamw_8bit", emulated_gpu="3060"))
     card = find_gpu("rtx-3060-12gb")
     process = predict(find_model("gpt-j-6b"), spec.job, card).process_bytes
     assert spec.emulated_gpu == "rtx-3060-12gb"
     assert spec.limit_bytes == (usable_bytes(card) or 0) - process
-    paged = emulated(spec_of("gpt-j-6b"), "3060")
+    paged = emulated(spec_of("gpt-j-6b", emulated_gpu="3060"))
     assert spec.limit_bytes - (paged.limit_bytes or 0) == 128 * MIB  # managed memory, one step
 
 
 def test_a_card_without_bf16_is_emulated_in_fp16() -> None:
-    spec = emulated(spec_of("pythia-410m"), "t4")
+    spec = emulated(spec_of("pythia-410m", emulated_gpu="t4"))
     assert (spec.job.dtype, spec.job.mixed_precision) == ("fp16", "fp16")
-    assert emulated(spec_of("pythia-410m"), "3090").job.mixed_precision == "bf16"
+    assert emulated(spec_of("pythia-410m", emulated_gpu="3090")).job.mixed_precision == "bf16"
 
 
 def test_an_unknown_card_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="rtx-3060"):
-        emulated(spec_of(), "rtx-3061")
+        emulated(spec_of(emulated_gpu="rtx-3061"))
 
 
 # -- what must not be tried ------------------------------------------------------------------------
@@ -204,10 +204,6 @@ def test_a_run_that_cannot_get_so_far_may_be_tried() -> None:
         0,
         pytest.param(
             24 * GIB - 100 * MIB,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="on a full card free is below 0, and 0 B of managed memory is refused",
-            ),
         ),
     ],
 )
@@ -311,11 +307,6 @@ def files_up_to(size: int) -> Iterator[None]:
         pytest.param(
             bytes(100_000),
             50_000,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="sweep.perform writes the timeline with plain write_bytes: OSError escapes, "
-                "and what was written of it stays",
-            ),
         ),
     ],
     ids=["record", "timeline"],

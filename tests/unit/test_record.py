@@ -196,10 +196,6 @@ def test_folders_are_made(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "one.json").read_text() == "new"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="write_text removes its temporary file outside of any try: NotADirectoryError escapes",
-)
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(EnvironmentProblem, match=r"cannot write .*one\.json"):

@@ -13,6 +13,8 @@ from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.errors import EnvironmentProblem, UsageError
+from vramplan.estimate import estimate as walk
+from vramplan.gpus import find_gpu
 from vramplan.measure.harness import Harness
 from vramplan.measure.limit import RESOLUTION_BYTES, emulated
 from vramplan.measure.machine import check_disk
@@ -20,6 +22,7 @@ from vramplan.measure.spec import (
     DEFAULT_STEPS,
     DEFAULT_TIMEOUT_S,
     EVAL_BATCH_SIZE,
+    MatrixRow,
     RunSpec,
     make_specs,
     read_matrix,
@@ -59,7 +62,9 @@ def measure(
         typer.Option(help="Load this checkpoint folder (safetensors) instead of random weights."),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the harness.")] = "cuda",
-    gpu_index: Annotated[int, typer.Option(help="Which GPU, as CUDA numbers them.")] = 0,
+    gpu_index: Annotated[
+        int, typer.Option(help="Which of the visible GPUs, in nvidia-smi's order.")
+    ] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps; the first is reported apart.")] = (
         DEFAULT_STEPS
     ),
@@ -124,8 +129,8 @@ def measure(
         raise UsageError("name a MODEL or a --matrix file, one of the two")
     if device not in ("cuda", "cpu"):
         raise UsageError(f"--device must be cuda or cpu, not {device!r}")
-    if explain and not history:
-        raise UsageError("--explain compares allocation by allocation: add --history")
+    if explain and not (history and device == "cuda"):
+        raise UsageError("--explain compares allocation by allocation: add --history, on a GPU")
     if limit and as_gpu:
         raise UsageError("--limit and --as-gpu both set the limit; choose one")
     shared = RunSpec(
@@ -136,6 +141,7 @@ def measure(
         device=device,
         num_steps=steps,
         limit_bytes=parse_size(limit) if limit else None,
+        emulated_gpu=find_gpu(as_gpu).slug if as_gpu else None,
         weights=str(checkpoint(weights)) if weights else None,
         evaluate=evaluate,
         eval_batch_size=eval_batch_size,
@@ -146,35 +152,47 @@ def measure(
         timeout_s=timeout,
     )
     if matrix is not None:
-        rows = read_matrix(matrix, shared)
-        works = [
-            Work(
-                emulated(spec, row.as_gpu) if row.as_gpu else spec,
-                row.find_limit,
-                parse_size(resolution),
-                may_skip=row.skip and not no_skip,
+        if sweep != o.DEFAULT_SWEEP or as_gpu or find_limit or repeat != 1:
+            raise UsageError(
+                "with --matrix, what a run is (job options, --as-gpu, --find-limit, --repeat) "
+                "stands in the file"
             )
-            for row in rows
-            for spec in row.specs
-        ]
+        rows = read_matrix(matrix, shared)
     else:
         assert model is not None
-        specs = [
-            emulated(spec, as_gpu) if as_gpu else spec
-            for spec in repeated(make_specs(model, sweep, shared), repeat)
-        ]
-        many = len(specs) > 1
-        works = [
-            Work(spec, find_limit, parse_size(resolution), may_skip=many and not no_skip)
-            for spec in specs
-        ]
-    for work in works:
-        o.check_length(find_model(work.spec.model), work.spec.job)
+        specs = tuple(repeated(make_specs(model, sweep, shared), repeat))
+        rows = [MatrixRow(specs, find_limit=find_limit, skip=len(specs) > 1)]
+    works = [
+        Work(emulated(spec), row.find_limit, parse_size(resolution), row.skip and not no_skip)
+        for row in rows
+        for spec in row.specs
+    ]
+    check(works)
+    if matrix is None and len(works) == 1 and not force:
+        spec = works[0].spec
+        works = [replace(works[0], spec=replace(spec, name=unused_name(output_folder, spec.name)))]
     records = run_works(
         works, output_folder, gpu_index=gpu_index, allow_busy=allow_busy, force=force
     )
     report(records, output_folder, explain=explain, as_json=as_json)
     raise typer.Exit(exit_code(records))
+
+
+def check(works: list[Work]) -> None:
+    """Find out before anything runs what cannot be run.
+
+    Raises:
+        UsageError: If a job does not go with its model, or two runs have one name.
+    """
+    names: set[str] = set()
+    for work in works:
+        spec = work.spec
+        model = find_model(spec.model)
+        o.check_length(model, spec.job)
+        walk(model, spec.job)
+        if spec.name in names:
+            raise UsageError(f"two runs are called {spec.name!r}; give one of them another name")
+        names.add(spec.name)
 
 
 def checkpoint(folder: Path) -> Path:
@@ -205,15 +223,6 @@ def run_works(
     Returns:
         All records, in order.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot make {folder}: {error.strerror or error}") from None
-    check_disk(folder, RECORD_BYTES, "the records")
-    single = len(works) == 1
-    if single and not force:
-        spec = works[0].spec
-        works = [replace(works[0], spec=replace(spec, name=unused_name(folder, spec.name)))]
     records: dict[int, Record] = {}
     for number, work in enumerate(works):
         found = None if force else finished(folder, work)
@@ -228,6 +237,7 @@ def run_works(
             Harness(device, gpu_index=gpu_index, allow_busy=allow_busy) as harness,
             output.progress(len(left)) as begin,
         ):
+            make_folder(folder)
             clean(folder)
             for number in left:
                 work = works[number]
@@ -236,6 +246,19 @@ def run_works(
                 tell(f"{record.name}: {ending(record)}")
                 records[number] = record
     return [records[number] for number in range(len(works))]
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the records.
+
+    Raises:
+        EnvironmentProblem: If it cannot be made, or has no room.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot make {folder}: {error.strerror or error}") from None
+    check_disk(folder, RECORD_BYTES, "the records")
 
 
 def ending(record: Record) -> str:

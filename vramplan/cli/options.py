@@ -158,6 +158,11 @@ def parse_sweep(values: dict[str, Any]) -> dict[str, Any]:
     return swept
 
 
+def _defaults() -> dict[str, Any]:
+    values = {parameter.name: parameter.default for parameter in _job_parameters(sweep=True)}
+    return parse_sweep(values)
+
+
 def _number(name: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
@@ -185,3 +190,6 @@ def check_length(model: Model, job: Job) -> None:
         "for; it runs, but may not learn",
         file=sys.stderr,
     )
+
+
+DEFAULT_SWEEP = _defaults()

@@ -98,6 +98,7 @@ class Harness:
             "CUDA_VISIBLE_DEVICES": self.gpu.uuid if self.gpu else "",
         }
         command = [sys.executable, "-m", "vramplan.measure.worker", self._folder]
+        command.append(str(os.getpid()))
         command += [self.gpu.capability] if self.gpu else []
         with Path(self._folder, "log").open("w", encoding="utf-8") as log:
             self._server = subprocess.Popen(  # noqa: S603 - our own module
@@ -254,7 +255,7 @@ class Harness:
         before = self.machine.used_bytes(self.gpu)
         free = self.gpu.total_bytes - before - prediction.process_bytes
         held = min(prediction.peak_reserved_bytes, spec.limit_bytes or free)
-        if paged < free and not held < free <= held + paged:
+        if not paged or (paged < free and not held < free <= held + paged):
             return None
         return (
             f"its paged optimizer would take {format_bytes(paged)} of managed memory; beside the "

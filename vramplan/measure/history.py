@@ -210,6 +210,7 @@ class _Blocks:
         elif action in SEGMENT_ACTIONS and self.cut is None:
             self.segments.append((len(self.order), SEGMENT_ACTIONS[action] * entry["size"]))
         elif action == "free_completed":
+            self._label(self.count)
             block = self.live.pop(address, 0)
             if block:
                 self.gone[block] = self.count

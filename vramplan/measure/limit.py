@@ -18,16 +18,16 @@ RESOLUTION_BYTES = 32 * MIB
 MAX_TRIES = 40
 
 
-def emulated(spec: RunSpec, name: str) -> RunSpec:
-    """The run held to what another card would leave to the allocator.
+def emulated(spec: RunSpec) -> RunSpec:
+    """The run held to what the card it stands in for would leave to the allocator.
 
     Args:
         spec: The run.
-        name: The card to stand in for.
 
     Returns:
-        The run with a limit: what the card's driver reports as usable, less the CUDA context,
-        kernels and the managed memory of a paged optimizer; and in fp16 on cards without bf16.
+        The run itself if it stands in for none; else with a limit: what the card's driver reports
+        as usable, less the CUDA context, kernels and the managed memory of a paged optimizer; and
+        in fp16 on cards without bf16.
 
     Raises:
         UsageError: If the card's memory is not known or the job cannot even begin on it.
@@ -36,7 +36,9 @@ def emulated(spec: RunSpec, name: str) -> RunSpec:
         Kernels are still those of the card at work: their workspaces and speeds are not the other
         card's.
     """
-    gpu = find_gpu(name)
+    if spec.emulated_gpu is None:
+        return spec
+    gpu = find_gpu(spec.emulated_gpu)
     usable = usable_bytes(gpu)
     if usable is None:
         raise UsageError(f"the memory of {gpu.slug} is not known; use --limit")
@@ -55,6 +57,7 @@ def find_limit(
     *,
     guess_bytes: int,
     resolution_bytes: int = RESOLUTION_BYTES,
+    most_bytes: int | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Find the smallest allocator limit at which a job runs, by running it.
@@ -66,6 +69,7 @@ def find_limit(
         spec: The job; any limit of its own is replaced.
         guess_bytes: Where to begin, best a prediction.
         resolution_bytes: How close the two ends must come.
+        most_bytes: What the card has; above it a limit is none.
         tell: Receives one line per try.
 
     Returns:
@@ -92,6 +96,8 @@ def find_limit(
             high, running = limit, outcome
         elif status == "oom":
             low = limit
+            if most_bytes is not None and limit >= most_bytes:
+                break
         else:
             return outcome
         if high is None:

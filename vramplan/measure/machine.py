@@ -104,7 +104,9 @@ class Machine:
         named = {_text(self.nvml.nvmlDeviceGetUUID(h)): h for h in handles}
         found = []
         for word in filter(None, (part.strip() for part in chosen.split(","))):
-            if word.isdigit() and int(word) < count:
+            if word.lstrip("-").isdigit():
+                if not 0 <= int(word) < count:
+                    break  # CUDA stops at the first that does not exist
                 found.append(handles[int(word)])
             else:
                 found += [h for uuid, h in named.items() if uuid.startswith(word)]

@@ -194,7 +194,8 @@ class Run:
         record["reserved_at_end_bytes"] = self.gauge.reserved()
         record["device_used_at_end_bytes"] = self.gauge.device_used()
         self.keep_steps()
-        record |= optimizer_facts(trainer.optimizer)
+        if self.gauge.cuda:
+            record |= optimizer_facts(trainer.optimizer)
         record["num_trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.progress()
         before = self.gauge.requested()
@@ -272,7 +273,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text
+        "can't allocate memory" in text or "out of memory" in text or "alloc_failed" in text
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 from vramplan.catalogue import find_model
 from vramplan.errors import UsageError
+from vramplan.gpus import find_gpu
 from vramplan.job import Job
 from vramplan.record import Record
 from vramplan.units import MIB, parse_size
@@ -70,8 +72,12 @@ class RunSpec:
             )
         if self.eval_batch_size < 1:
             raise UsageError(f"--eval-batch-size must be at least 1, not {self.eval_batch_size}")
-        if not self.timeout_s > 0:
+        if not 0 < self.timeout_s < math.inf:
             raise UsageError(f"--timeout must be above 0 seconds, not {self.timeout_s}")
+        if self.eval_logits and not self.evaluate:
+            raise UsageError("--eval-logits is about the evaluation: add --eval")
+        if any(c in self.name for c in "/\\\0") or self.name.startswith("."):
+            raise UsageError(f"{self.name!r} cannot be the name of a run: no slash, no dot first")
         if self.limit_bytes is not None and self.limit_bytes < MIB:
             raise UsageError(f"a limit of {self.limit_bytes} bytes cannot be meant; give 12GiB")
         if self.paging and self.history:
@@ -133,7 +139,7 @@ def run_name(model: str, job: Job, **extra: Any) -> str:
     words += [_word(name, value) for name, value in extra.items() if value]
     text = "-".join(words).lower()
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "-+.") else "-" for c in text)
-    return "-".join(part for part in safe.strip(".").split("-") if part)[:120]
+    return "-".join(part for part in safe.split("-") if part).lstrip(".-+")[:120]
 
 
 _SHORT = {
@@ -185,6 +191,15 @@ def make_specs(model: str, values: Mapping[str, Any], shared: RunSpec) -> list[R
         shared: Everything else, and the name if it has one.
     """
     found = find_model(model)
+    if shared.weights is not None:
+        own_config = find_model(shared.weights)
+        if (own_config.family, own_config.num_parameters) != (found.family, found.num_parameters):
+            raise UsageError(
+                f"{shared.weights} holds another model ({own_config.family}, "
+                f"{own_config.num_parameters:,} parameters) than {model}; name the checkpoint as "
+                "MODEL too"
+            )
+        found = own_config
     specs = []
     for combination in expand(values):
         job = Job.from_dict(combination)
@@ -203,10 +218,21 @@ def make_specs(model: str, values: Mapping[str, Any], shared: RunSpec) -> list[R
     return specs
 
 
-_RUN_KEYS = {
-    "name", "steps", "limit", "as_gpu", "evaluate", "eval_batch_size", "eval_logits", "save",
-    "history", "paging", "find_limit", "repeat", "skip",
-}  # fmt: skip
+_RUN_KEYS: dict[str, tuple[type, str]] = {
+    "name": (str, "a text"),
+    "steps": (int, "a whole number"),
+    "limit": (str, "a size such as '12GiB'"),
+    "as_gpu": (str, "the name of a card"),
+    "evaluate": (bool, "true or false"),
+    "eval_batch_size": (int, "a whole number"),
+    "eval_logits": (bool, "true or false"),
+    "save": (bool, "true or false"),
+    "history": (bool, "true or false"),
+    "paging": (bool, "true or false"),
+    "find_limit": (bool, "true or false"),
+    "repeat": (int, "a whole number"),
+    "skip": (bool, "true or false"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +242,11 @@ class MatrixRow:
     Attributes:
         specs: The runs.
         find_limit: Whether to look for their smallest limits.
-        as_gpu: The card to stand in for.
         skip: Whether what the estimate calls hopeless is left out.
     """
 
     specs: tuple[RunSpec, ...]
     find_limit: bool
-    as_gpu: str | None
     skip: bool
 
 
@@ -254,38 +278,43 @@ def read_matrix(path: Path, shared: RunSpec) -> list[MatrixRow]:
     return rows
 
 
-def _row(table: Mapping[str, Any], shared: RunSpec, where: str) -> MatrixRow:
+def _row(table: Any, shared: RunSpec, where: str) -> MatrixRow:
+    if not isinstance(table, dict):
+        raise UsageError(f"{where}: is not a table")
     values = dict(table)
     own = {key: values.pop(key) for key in _RUN_KEYS if key in values}
+    for key, value in own.items():
+        kind, words = _RUN_KEYS[key]
+        if type(value) is not kind:
+            raise UsageError(f"{where}: {key} must be {words}, not {value!r}")
     model = values.pop("model", None)
     if not isinstance(model, str):
         raise UsageError(f"{where}: model is missing")
-    job_fields = {field.name for field in fields(Job)}
-    unknown = sorted(values.keys() - job_fields)
+    unknown = sorted(values.keys() - {field.name for field in fields(Job)})
     if unknown:
         raise UsageError(f"{where}: unknown key {unknown[0]!r}")
+    if "limit" in own and "as_gpu" in own:
+        raise UsageError(f"{where}: limit and as_gpu both set the limit; choose one")
     try:
-        limit = own.get("limit")
         base = replace(
             shared,
             name=own.get("name", ""),
             num_steps=own.get("steps", shared.num_steps),
-            limit_bytes=parse_size(limit) if limit else shared.limit_bytes,
-            emulated_gpu=own.get("as_gpu", shared.emulated_gpu),
+            limit_bytes=parse_size(own["limit"]) if "limit" in own else shared.limit_bytes,
+            emulated_gpu=find_gpu(own["as_gpu"]).slug if "as_gpu" in own else shared.emulated_gpu,
             **{
                 key: own.get(key, getattr(shared, key))
                 for key in ("evaluate", "eval_batch_size", "eval_logits", "save", "history",
                             "paging")
             },
         )  # fmt: skip
-        specs = make_specs(model, values, base)
+        specs = repeated(make_specs(model, values, base), own.get("repeat", 1))
     except (UsageError, TypeError) as error:
         raise UsageError(f"{where}: {error}") from None
     return MatrixRow(
-        specs=tuple(repeated(specs, own.get("repeat", 1))),
-        find_limit=bool(own.get("find_limit", False)),
-        as_gpu=own.get("as_gpu"),
-        skip=bool(own.get("skip", True)),
+        specs=tuple(specs),
+        find_limit=own.get("find_limit", False),
+        skip=own.get("skip", True),
     )
 
 

@@ -21,6 +21,7 @@ from vramplan.record import (
     provenance,
     read_record,
     write_record,
+    write_whole,
 )
 from vramplan.units import format_bytes
 
@@ -97,13 +98,14 @@ def perform(
             work.spec,
             guess_bytes=predict(model, work.spec.job).min_limit_bytes,
             resolution_bytes=work.resolution_bytes,
+            most_bytes=harness.gpu.total_bytes if harness.gpu else None,
             tell=tell,
         )
     else:
         outcome = harness.run(work.spec)
     path = record_path(folder, outcome.record.name)
     if outcome.timeline is not None:
-        path.with_suffix(".timeline.json.gz").write_bytes(outcome.timeline)
+        write_whole(path.with_suffix(".timeline.json.gz"), outcome.timeline)
     write_record(path, outcome.record)
     return outcome.record
 

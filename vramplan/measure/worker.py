@@ -1,9 +1,9 @@
 """The worker: runs of the stock Trainer, each in a fresh process. Imports torch; its parent never.
 
-``python -m vramplan.measure.worker FOLDER [CAPABILITY]`` serves runs: one JSON object a line on
-standard input (see ``Request``), each forked from a process that has the slow imports behind it but
-has not touched the GPU, and one JSON object a line back when it ended. It dies with its parent, and
-its workers with it.
+``python -m vramplan.measure.worker FOLDER PARENT [CAPABILITY]`` serves runs: one JSON object a line
+on standard input (see ``Request``), each forked from a process that has the slow imports behind it
+but has not touched the GPU, and one JSON object a line back when it ended. It dies with its parent,
+and its workers with it.
 """
 
 from __future__ import annotations
@@ -137,24 +137,27 @@ def import_all(capability: str | None) -> None:
     assert not torch.cuda.is_initialized(), "a forked child could not use the GPU"
 
 
-def serve(folder: str, capability: str | None = None) -> None:
+def serve(folder: str, parent: int, capability: str | None = None) -> None:
     """Fork one child per request; answer with how it ended.
 
     Args:
         folder: The parent's temporary folder, removed here if the parent can no longer do it.
+        parent: The parent's process id: it may be gone before this process has imported torch.
         capability: The card's compute capability; None without a GPU.
     """
-    parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     import_all(capability)
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        request: Request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _child(request)
-        print(json.dumps(_wait(child, request, parent)), flush=True)
+    try:
+        print(json.dumps({"ready": True}), flush=True)
+        for line in sys.stdin:
+            request: Request = json.loads(line)
+            child = os.fork()
+            if child == 0:
+                _child(request)
+            print(json.dumps(_wait(child, request, parent)), flush=True)
+    except BrokenPipeError:  # the parent is gone
+        sys.stdout = open(os.devnull, "w", encoding="ascii")  # noqa: PTH123, SIM115 - to the end
     if os.getppid() != parent:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -186,6 +189,7 @@ def _wait(child: int, request: Request, parent: int) -> dict[str, Any]:
                 code = os.waitstatus_to_exitcode(status)
                 return {"code": code, "timeout": False}
             if os.getppid() != parent:
+                _kill(child)
                 shutil.rmtree(Path(request["folder"]).parent, ignore_errors=True)
                 raise SystemExit(1)
             if time.monotonic() > end:
@@ -208,4 +212,4 @@ def _kill(child: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    serve(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
