@@ -21,7 +21,7 @@ from vramplan.errors import EnvironmentProblem, RecordError
 from vramplan.measure.machine import Device, Machine, Sampler, check_disk, locked
 from vramplan.measure.spec import RunSpec
 from vramplan.prediction import predict
-from vramplan.record import SCHEMA_VERSION, Record, parse_record, provenance
+from vramplan.record import Record, parse_record, provenance
 from vramplan.units import MIB, format_bytes
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -191,7 +191,7 @@ class Harness:
                     answer = self._ask(request)
             else:
                 answer = self._ask(request)
-            document = self._base(spec) | _kept(out)
+            document = spec.record_document("killed") | _kept(out)
             document |= self._ending(document, answer, spec)
             times = document.pop("times", {})
             document["sampling"] = sampler.document(times) if sampler else None
@@ -209,18 +209,6 @@ class Harness:
                 parse_record(document, spec.name),
                 timeline.read_bytes() if timeline.exists() else None,
             )
-
-    def _base(self, spec: RunSpec) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "name": spec.name,
-            "model": spec.model,
-            "config": dict(spec.config),
-            "job": spec.job_document(),
-            "run": spec.conditions(),
-            "status": "killed",
-            "gpu": {},
-        }
 
     def _ending(
         self, document: Mapping[str, Any], answer: Mapping[str, Any], spec: RunSpec

@@ -14,7 +14,7 @@ from vramplan.catalogue import find_model
 from vramplan.errors import UsageError
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
-from vramplan.record import Record
+from vramplan.record import SCHEMA_VERSION, Record
 from vramplan.units import MIB, parse_size
 
 DEFAULT_STEPS = 6
@@ -107,6 +107,19 @@ class RunSpec:
             "history": self.history,
             "paging": self.paging,
             "timeout_s": self.timeout_s,
+        }
+
+    def record_document(self, status: str) -> dict[str, Any]:
+        """The record of this run, before anything is known of it."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "model": self.model,
+            "config": dict(self.config),
+            "job": self.job_document(),
+            "run": self.conditions(),
+            "gpu": {},
+            "status": status,
         }
 
     def job_document(self) -> dict[str, Any]:

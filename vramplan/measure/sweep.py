@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError
@@ -15,7 +14,6 @@ from vramplan.measure.limit import RESOLUTION_BYTES, find_limit
 from vramplan.measure.spec import RunSpec
 from vramplan.prediction import predict
 from vramplan.record import (
-    SCHEMA_VERSION,
     Record,
     parse_record,
     provenance,
@@ -128,16 +126,7 @@ def hopeless(harness: Harness, work: Work) -> str | None:
 
 def skipped(spec: RunSpec, reason: str) -> Record:
     """The record of a run that was not tried."""
-    document: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "name": spec.name,
-        "model": spec.model,
-        "config": dict(spec.config),
-        "job": spec.job_document(),
-        "run": spec.conditions(),
-        "status": "skipped",
-        "error": reason,
-    }
+    document = spec.record_document("skipped") | {"error": reason}
     return parse_record(document | provenance(), spec.name)
 
 

@@ -28,7 +28,7 @@ import torch
 
 from vramplan import __version__
 from vramplan.measure.spec import RunSpec
-from vramplan.record import SCHEMA_VERSION, write_text
+from vramplan.record import write_text
 from vramplan.timeline import timeline_document
 
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes")
@@ -71,18 +71,10 @@ def perform(request: Request) -> None:
     before = document.pop("card_before_bytes", None)
     spec = RunSpec.from_document(document)
     out = Path(request["out"])
-    record: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "name": spec.name,
-        "model": spec.model,
-        "config": dict(spec.config),
-        "job": spec.job_document(),
-        "run": spec.conditions(),
+    record = spec.record_document("killed") | {
         "versions": environment(),
         "allocator_settings": os.environ.get("PYTORCH_ALLOC_CONF")
         or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
-        "gpu": {},
-        "status": "killed",
         "phase": "start",
         "card_before_bytes": before,
     }
