@@ -38,9 +38,9 @@ RULES = {
     "fp32 list": "CUDA's autocast runs other operations in fp32 than the CPU's "
     "(aten/src/ATen/autocast_mode.h, AT_FORALL_FP32)",
     "opt dtype list": "softmax, sum and others get dtype=float32 from CUDA's autocast "
-    "(AT_FORALL_FP32_SET_OPT_DTYPE)",
+    "(aten/src/ATen/autocast_mode.h, AT_FORALL_FP32_SET_OPT_DTYPE)",
     "promote list": "the CPU's autocast promotes cat and stack with copies; CUDA's does not, "
-    "and promotes index_put and others (AT_FORALL_PROMOTE)",
+    "and promotes index_put and others (aten/src/ATen/autocast_mode.h)",
     "autocast is on": "torch.is_autocast_enabled() without a device asks about CUDA "
     "(torch/csrc/autograd/init.cpp)",
     "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA, a cast and a "
@@ -59,7 +59,8 @@ RULES = {
     "the CPU (torch/optim/optimizer.py, _default_to_fused_or_foreach)",
     "paged state": "get_paged, fill and prefetch_tensor work in managed memory, outside the "
     "allocator (bitsandbytes/functional.py); optimizers page from 100,000 elements",
-    "host step counter": "foreach optimizers keep their step counters on the host",
+    "host step counter": "foreach optimizers keep their step counters on the host "
+    "(torch/optim/adamw.py, _init_group)",
     "cuBLAS workspaces": "one a thread (vramplan/estimate.py, num_cublaslt_threads)",
 }
 

@@ -31,6 +31,7 @@ from vramplan.trace.rules import answers, corrected, hidden_bytes, sums_in_place
 from vramplan.trace.tracker import Books, Tracker, watch_modules
 
 NUM_STEPS = 2
+DIMENSIONS = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,9 @@ class Trace:
         paged_bytes: Optimizer state in managed memory.
         num_trainable: Trainable parameters.
         num_parameters: Parameters of the base model, tied ones once.
+        family: ``model_type`` of the config.
+        attn_implementation: The attention that transformers chose.
+        dimensions: Layers, hidden size, vocabulary and positions; None where the config has none.
     """
 
     timeline: Timeline
@@ -52,10 +56,17 @@ class Trace:
     paged_bytes: int
     num_trainable: int
     num_parameters: int
+    family: str
+    attn_implementation: str
+    dimensions: dict[str, int | None]
 
 
 def trace(
-    config: Mapping[str, Any], job: Job, *, capability: tuple[int, int] = DEFAULT_CAPABILITY
+    config: Mapping[str, Any],
+    job: Job,
+    *,
+    capability: tuple[int, int] = DEFAULT_CAPABILITY,
+    where: str = "config",
 ) -> Trace:
     """Run two steps of a job on fake tensors.
 
@@ -63,22 +74,23 @@ def trace(
         config: Values of a config.json; code that it may name is never run.
         job: The job.
         capability: Compute capability of the card that it stands for.
+        where: How to name the config in errors.
 
     Returns:
         Its timeline and numbers, in bytes.
+
+    Raises:
+        ConfigError: If transformers cannot make a model of the config.
     """
-    return Run(config, job, capability).perform()
+    return Run(build(config, job, where), job, capability).perform()
 
 
 class Run:
     """One trace."""
 
-    def __init__(self, config: Mapping[str, Any], job: Job, capability: tuple[int, int]) -> None:
-        self.job, self.capability = job, capability
+    def __init__(self, model: Any, job: Job, capability: tuple[int, int]) -> None:
+        self.model, self.job, self.capability = model, job, capability
         self.books = Books()
-        self.model: Any = build(config, job)
-        self.vocab_size = int(self.model.config.vocab_size)
-        self.in_loss = False
 
     def perform(self) -> Trace:
         """Load, then two steps."""
@@ -106,6 +118,9 @@ class Run:
             paged_bytes=paged.nbytes,
             num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
             num_parameters=self.num_parameters,
+            family=self.model.config.model_type,
+            attn_implementation=self.model.config._attn_implementation,
+            dimensions={name: getattr(self.model.config, name, None) for name in DIMENSIONS},
         )
 
     def _peak_from(self, start: int) -> int:
