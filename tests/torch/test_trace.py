@@ -55,6 +55,35 @@ def test_agrees_with_the_estimate(family: str, method: str, checkpointing: bool)
 
 TOLERANCE = 0.01
 
+FOLDED = {
+    "full": Job(method="full", seq_len=64),
+    "full-kept": Job(method="full", seq_len=64, gradient_checkpointing=False),
+    "foreach": Job(method="full", seq_len=64, optim="adamw_torch"),
+    "adafactor": Job(method="full", seq_len=64, optim="adafactor"),
+    "lora": Job(method="lora", seq_len=64, attn_implementation="eager"),
+    "lora-kept": Job(method="lora", seq_len=64, gradient_checkpointing=False),
+    "qlora": Job(seq_len=64, gradient_accumulation_steps=2),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_folded_layers_are_what_all_layers_are(name: str) -> None:
+    config, job = {**LLAMA, "num_hidden_layers": 6}, FOLDED[name]
+    folded, whole = trace(config, job), trace(config, job, fold=False)
+    assert {section.repeats for section in folded.timeline.sections} == {1, 4}
+    assert all(term.measured == term.predicted for term in compare(folded.timeline, whole.timeline))
+    for field in ("ready_bytes", "peak_allocated_bytes", "paged_bytes", "num_trainable",
+                  "num_parameters", "dimensions"):  # fmt: skip
+        assert getattr(folded, field) == getattr(whole, field)
+
+
+def test_unequal_layers_are_not_folded() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 3
+    config = {**CONFIGS["qwen2"], "num_hidden_layers": 6, "layer_types": kinds,
+              "use_sliding_window": True, "sliding_window": 32}  # fmt: skip
+    traced = trace(config, Job(method="full", seq_len=64))
+    assert {section.repeats for section in traced.timeline.sections} == {1}
+
 
 def test_blocks_are_released_as_often_as_they_were_made() -> None:
     traced = trace(LLAMA, Job(method="lora", seq_len=64))

@@ -11,7 +11,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,25 +53,36 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def build(config: Mapping[str, Any], job: Job, where: str = "config") -> Any:
+def build(
+    config: Mapping[str, Any],
+    job: Job,
+    where: str = "config",
+    change: Callable[[Any], None] = lambda _config: None,
+) -> Any:
     """The prepared model of a job, on meta.
 
     Args:
         config: Values of a config.json; its code, if it names any, is never run.
         job: Method, dtype, quantisation, adapters and attention.
         where: How to name the config in errors.
+        change: Called with the config before the model is made of it.
 
     Raises:
         ConfigError: If transformers cannot make a model of the config.
     """
     with quiet():
-        model = base_model(config, job, where)
+        model = base_model(config, job, where, change)
         if job.method == "qlora":
             quantise(model, job)
         return model if job.method == "full" else _with_adapters(model, job)
 
 
-def base_model(config: Mapping[str, Any], job: Job, where: str) -> Any:
+def base_model(
+    config: Mapping[str, Any],
+    job: Job,
+    where: str,
+    change: Callable[[Any], None] = lambda _config: None,
+) -> Any:
     """The model before quantisation and adapters, on meta.
 
     Raises:
@@ -84,6 +95,7 @@ def base_model(config: Mapping[str, Any], job: Job, where: str) -> Any:
         options["attn_implementation"] = job.attn_implementation
     try:
         hf_config = AutoConfig.for_model(**values)
+        change(hf_config)
         with META:
             return AutoModelForCausalLM.from_config(hf_config, **options)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:

@@ -22,7 +22,6 @@ from bitsandbytes import functional as bnb_functional
 from bitsandbytes.optim import optimizer as bnb_optimizer
 from torch.overrides import TorchFunctionMode
 
-from vramplan.job import Job
 from vramplan.layers import FUSED_MAX_TOKENS
 from vramplan.trace.attention import scaled_dot_product_attention
 from vramplan.trace.tracker import Books, Hidden
@@ -193,7 +192,7 @@ def _dropout(
 # -- inside kernels --------------------------------------------------------------------------------
 
 
-def hidden_bytes(job: Job) -> dict[Any, Hidden]:
+def hidden_bytes(books: Books) -> dict[Any, Hidden]:
     """What CUDA kernels take for themselves while they run."""
 
     def gemm_4bit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -210,7 +209,7 @@ def hidden_bytes(job: Job) -> dict[Any, Hidden]:
 
     def foreach_norm(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         chunks = max(-(-tensor.numel() // FOREACH_CHUNK) for tensor in args[0])
-        return [len(args[0]) * chunks * 4]
+        return [sum(map(books.copies, args[0])) * chunks * 4]
 
     return {
         torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
@@ -241,7 +240,7 @@ class PagedBooks:
         """Optimizer8bit.get_state_buffer on a CUDA parameter."""
         buffer = torch.zeros_like(p, dtype=dtype)
         if optimizer.is_paged and p.numel() >= 1e5:
-            self.nbytes += buffer.numel() * buffer.element_size()
+            self.nbytes += buffer.numel() * buffer.element_size() * self.books.copies(p)
             self.books.forget(buffer)
             buffer.is_paged = True
         return buffer
