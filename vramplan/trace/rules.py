@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 import transformers.utils.import_utils as hf_imports
 from bitsandbytes import functional as bnb_functional
+from bitsandbytes.autograd import _functions as bnb_autograd
 from bitsandbytes.optim import optimizer as bnb_optimizer
 from torch.overrides import TorchFunctionMode
 
@@ -50,6 +51,8 @@ RULES = {
     "transformers' masking_utils.py otherwise takes fake tensors for an export",
     "dequantised weight": "gemm_4bit dequantises scales and weight first "
     "(bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback)",
+    "LLM.int8": "a CPU trains by dequantised weights, CUDA by int8 products; no outlier columns "
+    "(bitsandbytes/autograd/_functions.py, backends/cuda/ops.py, backends/default/ops.py)",
     "sorted embedding": "embedding_dense_backward sorts its indices above 3072 of them "
     "(aten/src/ATen/native/cuda/Embedding.cu)",
     "foreach norm": "partial sums of the norms of all gradients "
@@ -211,7 +214,17 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
         chunks = max(-(-tensor.numel() // FOREACH_CHUNK) for tensor in args[0])
         return [sum(map(books.copies, args[0])) * chunks * 4]
 
+    def int8_quant(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * 2, args[0].numel()]  # absolute values, which are outliers
+
+    def int8_product(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        x, _, weight = args[:3]
+        numel = x.numel() // x.shape[-1] * weight.shape[0]
+        return [numel * 4, 0 if x.dtype is torch.float16 else numel * 2]
+
     return {
+        torch.ops.bitsandbytes.int8_vectorwise_quant.default: int8_quant,
+        torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
         torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
         aten.embedding_dense_backward.default: embedding_backward,
         aten._foreach_norm.Scalar: foreach_norm,
@@ -219,12 +232,25 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
 
 
 def answers() -> dict[Any, Callable[..., Any]]:
-    """Questions about contents: a mask of ones passes every test."""
+    """What depends on contents: a mask of ones passes every test, no column is an outlier."""
 
     def scalar(tensor: Any) -> Any:
         return True if tensor.dtype is torch.bool else 1
 
-    return {aten._local_scalar_dense.default: scalar}
+    def int8_quant(x: Any, threshold: float = 0.0) -> Any:
+        rows = x.numel() // x.shape[-1]
+        scales = torch.empty(rows, dtype=torch.float32)
+        return torch.empty(x.shape, dtype=torch.int8), scales, torch.empty(0, dtype=torch.int64)
+
+    def int8_product(x: Any, _quantised: Any, weight: Any, *_rest: Any) -> Any:
+        out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+        return out, torch.empty(0, dtype=x.dtype)
+
+    return {
+        aten._local_scalar_dense.default: scalar,
+        torch.ops.bitsandbytes.int8_vectorwise_quant.default: int8_quant,
+        torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
+    }
 
 
 # -- managed memory --------------------------------------------------------------------------------
@@ -269,6 +295,7 @@ def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]
             (bnb_optimizer, "sync_gpu", nothing),
             (bnb_functional, "prefetch_tensor", nothing),
             (bnb_functional, "is_on_gpu", nothing),
+            (bnb_autograd, "MatMul8bitFp", bnb_autograd.MatMul8bitLt),
         ):
             stack.enter_context(patch.object(where, name, value))
         stack.enter_context(CudaFunctions(books, capability))
