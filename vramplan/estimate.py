@@ -168,11 +168,7 @@ class Step:
         t.phase = Phase.PREPARE
         self.built.cast_biases()
         optimizer_bytes, paged, self.optimizer = self._optimizer_state()
-        lt = [CUBLASLT_WORKSPACE] * num_cublaslt_threads(self.model, self.job)
-        self.workspaces = [
-            Storage(t, nbytes, Kind.WORKSPACE, "cublas")
-            for nbytes in (self.workspace_bytes, self.workspace_bytes, *lt)  # one a thread
-        ]
+        self.workspaces = self._workspaces()
         static = t.live_bytes
         before = t.peak_bytes
         t.peak_bytes = 0
@@ -220,6 +216,20 @@ class Step:
                         Storage(t, round_block(n), Kind.OPTIMIZER, param.owner) for n in parts if n
                     ]
         return t.live_bytes - start, paged, held
+
+    def _workspaces(self) -> list[Storage]:
+        """What cuBLAS and cuBLASLt hold for the thread of the forward and that of the backward."""
+        held = []
+        threads = num_cublaslt_threads(self.model, self.job)
+        for library, nbytes, count in (
+            ("cublas", self.workspace_bytes, 2),
+            ("cublaslt", CUBLASLT_WORKSPACE, threads),
+        ):
+            for backward in (False, True)[:count]:
+                storage = Storage(self.tape, nbytes, Kind.WORKSPACE, "cublas")
+                self.tape.await_use(library, backward=backward, block=storage.block)
+                held.append(storage)
+        return held
 
     def _batch(self) -> list[Tensor]:
         """input_ids, attention_mask and labels, as the data loader moves them to the device."""

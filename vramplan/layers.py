@@ -75,7 +75,10 @@ class Linear:
             return ops.matmul_8bit(t, x, rows, columns)
         dtype = x.dtype
         x = ops.to(t, x, self.compute)
-        return ops.to(t, ops.matmul_4bit(t, x, rows, columns, self.dequantised, self.stored), dtype)
+        out = ops.matmul_4bit(
+            t, x, rows, columns, self.dequantised, self.stored, biased=self.bias is not None
+        )
+        return ops.to(t, out, dtype)
 
     def _lora(self, t: Tape, x: Tensor, adapter: Adapter) -> Tensor:
         result = self._base(t, x)

@@ -70,6 +70,14 @@ def _view_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (alias(grad),)
 
 
+def transpose(t: Tape, x: Tensor) -> Tensor:
+    """A transposed view, whose gradient arrives contiguous and is copied back into x's order."""
+    out = Tensor(x.storage, x.numel, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), same_size)
+    return out
+
+
 def _pass(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (grad,)
 

@@ -27,7 +27,9 @@ def linear(
     if edges != (None, None, None):
         saved = ((x,) if edges[1] is not None else ()) + ((w,) if edges[0] is not None else ())
         node = t.node(edges, _linear_backward, saved, (tokens, rows, columns))
-    return t.new(tokens * rows, x.dtype, node=node)
+    out = t.new(tokens * rows, x.dtype, node=node)
+    t.use("cublas" if b is None else "cublaslt")
+    return out
 
 
 def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -38,16 +40,61 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     gx = gw = None
     if b_edge is None:  # mm computes mat2's gradient first, addmm mat1's
         gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
+        if gw is not None:
+            t.use("cublas")
     if x_edge is not None:
         gx = t.new(tokens * columns, grad.dtype, Kind.ACTIVATION_GRADIENTS)
+        t.use("cublas")
     if b_edge is not None:
         gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
     t.flops += 2 * tokens * rows * columns * ((gx is not None) + (gw is not None))
     gb = leaf_grad(t, rows, grad.dtype, b_edge)
+    if gb is not None and (shared := column_sum_bytes(tokens, rows)):
+        t.scratch(shared)
     for viewed in (gx, gw):  # reshaped, transposed
         if viewed is not None:
             viewed.aliased = True
     return gx, gw, gb
+
+
+# An H100's; other cards differ in the buffer's size, not in when there is one.
+NUM_MULTIPROCESSORS = 132
+THREADS_PER_MULTIPROCESSOR = 2048
+
+
+def column_sum_bytes(rows: int, columns: int) -> int:
+    """Global memory that summing [rows, columns] over its rows takes for a moment.
+
+    A bias's gradient is such a sum. From 1024 rows on, several thread blocks share a column and
+    leave their parts in a buffer.
+
+    Args:
+        rows: Elements summed into one.
+        columns: Sums; taken as a multiple of 4, as widths of layers are.
+
+    Returns:
+        Bytes; 0 where one block does a column.
+
+    Source: torch 2.11 ``aten/src/ATen/native/cuda/Reduce.cuh`` (``setReduceConfig``,
+    ``global_memory_size``), with fp32 sums; to the byte in recorded histories.
+    """
+    vector = 4
+    threads = 512 // vector
+    width = min(_last_power_of_2(columns // vector), 32)
+    height = min(_last_power_of_2(rows), threads // max(width, 1))
+    values = -(-rows // max(height, 1))
+    if not columns or values < 256:
+        return 0
+    grid = -(-columns // vector // width)
+    target = NUM_MULTIPROCESSORS * (THREADS_PER_MULTIPROCESSOR // (width * height))
+    if grid > target:
+        return 0
+    blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
+    return 4 * columns * blocks * width * vector if blocks > 1 else 0
+
+
+def _last_power_of_2(number: int) -> int:
+    return 1 << (number.bit_length() - 1) if number > 0 else 0
 
 
 def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch: int) -> Tensor:
@@ -79,7 +126,9 @@ def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch:
         saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
         args = (a.numel, b.numel, inner)
         node = t.node((a.node, b.node), _matmul_backward, saved, args)
-    return t.new(numel, a.dtype, node=node)
+    out = t.new(numel, a.dtype, node=node)
+    t.use("cublas")
+    return out
 
 
 def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -94,7 +143,14 @@ def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 
 def matmul_4bit(
-    t: Tape, x: Tensor, rows: int, columns: int, dequantised: Sequence[int], stored: Dtype
+    t: Tape,
+    x: Tensor,
+    rows: int,
+    columns: int,
+    dequantised: Sequence[int],
+    stored: Dtype,
+    *,
+    biased: bool = False,
 ) -> Tensor:
     """Bitsandbytes' ``MatMul4Bit`` on x [tokens, columns] in the compute dtype.
 
@@ -106,12 +162,14 @@ def matmul_4bit(
         dequantised: Bytes of the tensors that a forward call dequantises into first (the hidden
             workspace); empty where the fused kernel runs.
         stored: dtype that backward dequantises to before casting to the gradient's.
+        biased: Whether it adds a bias.
 
     Source: bitsandbytes 0.50.2 ``autograd/_functions.py``, ``backends/cuda/ops.py``.
     """
     tokens = x.numel // columns
     hidden = [t.scratch(nbytes) for nbytes in dequantised]
     out = t.new(tokens * rows, x.dtype)
+    t.use("cublaslt" if biased else "cublas")
     del hidden
     t.flops += 2 * tokens * rows * columns
     t.moved_bytes += rows * columns // 2 + x.numel * x.dtype.size
