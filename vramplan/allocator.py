@@ -61,6 +61,7 @@ class CachingAllocator:
         self.peak_reserved = 0
         self.allocated = 0
         self.peak_allocated = 0
+        self.ready_slack = 0  # bytes of unsplit blocks when training begins, for the replay
         self.retries = 0
         self._bottom = TOP_ADDRESS
         self._holes: list[list[int]] = []  # [first address, end] of released segments, rising

@@ -45,8 +45,8 @@ class Prediction:
 
     @property
     def ready_bytes(self) -> int:
-        """Allocated when training is about to start."""
-        return self.estimate.ready_bytes
+        """Allocated when training is about to start, unsplit blocks at their full size."""
+        return self.estimate.ready_bytes + self.cache.ready_slack_bytes
 
     @property
     def load_peak_bytes(self) -> int:
@@ -190,6 +190,7 @@ class ReplayedCache:
 
     def __init__(self, replayed: Replay, walked: Estimate) -> None:
         self.replayed = replayed
+        self.ready_slack_bytes = replayed.ready_slack_bytes()
         self.slack_bytes = replayed.slack_bytes()
         self.reserved_bytes = replayed.reserved_bytes()
         self._peak = walked.peak_allocated_bytes
@@ -215,7 +216,7 @@ class SimilarCache:
         other = like.estimate
         other_moving = max(1, other.peak_allocated_bytes - other.static_bytes)
         idle = max(0, like.peak_reserved_bytes - other.peak_allocated_bytes)
-        self.slack_bytes = 0
+        self.ready_slack_bytes = self.slack_bytes = 0
         self.reserved_bytes = peak + idle * moving // other_moving
         self._least = peak + moving // 10
 

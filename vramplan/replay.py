@@ -39,6 +39,10 @@ class Replay:
         """Most it reserves, unhurried."""
         return self.roomy().peak_reserved + self.small_bytes
 
+    def ready_slack_bytes(self) -> int:
+        """What unsplit blocks add to the allocated bytes when training is about to start."""
+        return self.roomy().ready_slack
+
     def slack_bytes(self) -> int:
         """What unsplit blocks add to the allocated bytes at the peak."""
         return max(0, self.roomy().peak_allocated - self.live_bytes)
@@ -176,14 +180,18 @@ def replay(requests: Iterable[Request], limit: int | None = None) -> CachingAllo
     """
     allocator = CachingAllocator(limit)
     live: dict[int, Block] = {}
+    asked = 0
     malloc, free = allocator.malloc, allocator.free
     for identity, nbytes in requests:
         if nbytes > 0:
             live[identity] = malloc(nbytes)
+            asked += nbytes
         elif nbytes < 0:
             free(live.pop(identity))
+            asked += nbytes
         elif identity == EMPTY_CACHE:
             allocator.empty_cache()
         else:
+            allocator.ready_slack = allocator.allocated - asked
             allocator.peak_allocated = allocator.allocated
     return allocator
