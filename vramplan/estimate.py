@@ -21,7 +21,7 @@ from vramplan.formats import FP32, INT64
 from vramplan.job import Job
 from vramplan.layers import Built, Layer, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import Storage, Tape, Tensor
+from vramplan.tape import Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
@@ -333,15 +333,25 @@ class Step:
         count = sum(p.copies for p in trainable)
         norms = Storage(t, BLOCK_BYTES * count, Kind.WORKSPACE, "clip_grad_norm")
         del norms
-        optimizer = self.job.optimizer
-        held: list[Storage] = []
-        if optimizer.loop_temporaries and trainable:
-            trainable = sorted(trainable, key=lambda p: -p.numel)[:1]
-        for param in trainable:
-            copies = 1 if optimizer.loop_temporaries else param.copies
-            held += [
-                Storage(t, nbytes, Kind.WORKSPACE, "optimizer", copies)
-                for nbytes in optimizer.step_temporaries(param.numel, param.dtype)
-            ]
-        held.clear()
+        self._update(trainable)
         t.zero_grad(self.built.trainable)
+
+    def _update(self, trainable: list[Param]) -> None:
+        """The temporaries of the optimizer's step."""
+        t, optimizer = self.tape, self.job.optimizer
+        if optimizer.loop_temporaries:  # one parameter after another: the largest decides
+            for param in sorted(trainable, key=lambda p: -p.numel)[:1]:
+                sizes = optimizer.step_temporaries(param.numel, param.dtype)
+                held = [Storage(t, nbytes, Kind.WORKSPACE, "optimizer") for nbytes in sizes]
+                del held
+            return
+        made: list[tuple[int, Storage]] = []
+        for copies, params in groupby(trainable, key=lambda p: p.copies):
+            with t.repeated(copies):  # in the order of the parameters, layer after layer
+                made += [
+                    (copies, Storage(t, nbytes, Kind.WORKSPACE, "optimizer"))
+                    for param in params
+                    for nbytes in optimizer.step_temporaries(param.numel, param.dtype)
+                ]
+        for copies, storage in made:  # all live until the last
+            storage.copies = copies

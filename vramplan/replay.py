@@ -118,7 +118,9 @@ def _in_order(timeline: Timeline) -> list[Request]:
     walk = [
         Section(tuple(e for e in s.events if e.phase is not Phase.STEP), s.repeats) for s in steps
     ]
-    update = [Section(tuple(e for e in s.events if e.phase is Phase.STEP)) for s in steps]
+    update = [
+        Section(tuple(e for e in s.events if e.phase is Phase.STEP), s.repeats) for s in steps
+    ]
     first = unroll(Timeline((*load, *walk, *state, *update)))
     second = [r for r in unroll(Timeline((*walk, *update))) if r[1] or r[0] <= 0]
     top = max(identity for identity, _ in first)
