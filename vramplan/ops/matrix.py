@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vramplan.formats import Dtype
-from vramplan.ops.base import Grads, autocast_weight, copy, leaf_grad, to
+from vramplan.ops.base import Grads, autocast_weight, column_sum, copy, leaf_grad, to
 from vramplan.tape import Node, Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind
 
@@ -49,52 +49,12 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
     t.flops += 2 * tokens * rows * columns * ((gx is not None) + (gw is not None))
     gb = leaf_grad(t, rows, grad.dtype, b_edge)
-    if gb is not None and (shared := column_sum_bytes(tokens, rows)):
-        t.scratch(shared)
+    if gb is not None:
+        column_sum(t, tokens, rows)
     for viewed in (gx, gw):  # reshaped, transposed
         if viewed is not None:
             viewed.aliased = True
     return gx, gw, gb
-
-
-# An H100's; other cards differ in the buffer's size, not in when there is one.
-NUM_MULTIPROCESSORS = 132
-THREADS_PER_MULTIPROCESSOR = 2048
-
-
-def column_sum_bytes(rows: int, columns: int) -> int:
-    """Global memory that summing [rows, columns] over its rows takes for a moment.
-
-    A bias's gradient is such a sum. From 1024 rows on, several thread blocks share a column and
-    leave their parts in a buffer.
-
-    Args:
-        rows: Elements summed into one.
-        columns: Sums; taken as a multiple of 4, as widths of layers are.
-
-    Returns:
-        Bytes; 0 where one block does a column.
-
-    Source: torch 2.11 ``aten/src/ATen/native/cuda/Reduce.cuh`` (``setReduceConfig``,
-    ``global_memory_size``), with fp32 sums; to the byte in recorded histories.
-    """
-    vector = 4
-    threads = 512 // vector
-    width = min(_last_power_of_2(columns // vector), 32)
-    height = min(_last_power_of_2(rows), threads // max(width, 1))
-    values = -(-rows // max(height, 1))
-    if not columns or values < 256:
-        return 0
-    grid = -(-columns // vector // width)
-    target = NUM_MULTIPROCESSORS * (THREADS_PER_MULTIPROCESSOR // (width * height))
-    if grid > target:
-        return 0
-    blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
-    return 4 * columns * blocks * width * vector if blocks > 1 else 0
-
-
-def _last_power_of_2(number: int) -> int:
-    return 1 << (number.bit_length() - 1) if number > 0 else 0
 
 
 def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch: int) -> Tensor:
