@@ -35,6 +35,13 @@ def test_readme_shows_a_recorded_run() -> None:
     assert "\n".join(line.rstrip() for line in shown.getvalue().splitlines()) in readme
 
 
+def test_readme_quotes_the_largest_model_that_was_measured() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    record = read_record(FOLDER / "runs" / "llama-65b-qlora-1x512.json")
+    assert record.peak_allocated_bytes is not None
+    assert f"{record.peak_allocated_bytes / 1024**3:.1f} GiB allocated at 1 x 512" in readme
+
+
 def test_enough_is_recorded() -> None:
     """Breadth of the shipped measurements, and that each says where it comes from."""
     found = [row.record for row in rows(FOLDER)]
