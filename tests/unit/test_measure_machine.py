@@ -244,7 +244,9 @@ def test_a_host_without_memory_is_left_alone(
 ) -> None:
     table = tmp_path / "meminfo"
     table.write_text(f"MemTotal: 99 kB\nMemAvailable: {available_kb} kB\n")
-    context = pytest.raises(EnvironmentProblem, match="memory available") if refused else nullcontext()
+    context = (
+        pytest.raises(EnvironmentProblem, match="memory available") if refused else nullcontext()
+    )
     with context:
         check_host_memory(3 * 1024**3 // 2, meminfo=table)
     check_host_memory(1024**5, meminfo=tmp_path / "none")  # not known: not refused

@@ -43,6 +43,7 @@ COMMANDS = {
     "estimate": "estimate",
     "measure": "measure",
     "calibrate": "calibrate",
+    "accuracy": "accuracy",
     "gpus": "catalogues",
     "models": "catalogues",
 }
