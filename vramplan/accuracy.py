@@ -368,8 +368,8 @@ def accuracy_page(folder: Path) -> Page:
     )
     return Page(
         f"Accuracy on {record.gpu.name}",
-        f"Stock `transformers.Trainer`, random weights; driver {record.gpu.driver}, {versions}. "
-        f"Made by `vramplan accuracy`; the runs by `{record.command}`. They were looked at while "
+        f"Stock transformers.Trainer, random weights; driver {record.gpu.driver}, {versions}. "
+        f"Made by: vramplan accuracy. The runs by: {record.command}. They were looked at while "
         "the block programs were written: none of them is held out. Errors are predicted over "
         "measured, minus one.",
         tuple(

@@ -19,6 +19,7 @@ from vramplan.resources import profiles_dir
 
 ROOT = profiles_dir().parent
 FOLDER = profiles_dir() / "calibrations" / "h100-sxm-80gb"
+ROWS = rows(FOLDER)
 
 
 def test_committed_report_is_up_to_date() -> None:
@@ -30,7 +31,7 @@ def test_committed_report_is_up_to_date() -> None:
 
 def test_readme_quotes_the_summary() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in table_to_markdown(summary(rows(FOLDER))):
+    for line in table_to_markdown(summary(ROWS)):
         assert line in readme
 
 
@@ -52,7 +53,7 @@ def test_readme_quotes_the_largest_model_that_was_measured() -> None:
 
 def test_enough_is_recorded() -> None:
     """Breadth of the shipped measurements, and that each says where it comes from."""
-    found = [row.record for row in rows(FOLDER)]
+    found = [row.record for row in ROWS]
     done = [record for record in found if record.status == "done"]
 
     def seen(key: str) -> set[object]:
@@ -73,7 +74,7 @@ def test_enough_is_recorded() -> None:
 
 
 def test_every_history_is_there_and_reads() -> None:
-    for row in rows(FOLDER):
+    for row in ROWS:
         path = FOLDER / "runs" / f"{row.record.name}.timeline.json.gz"
         assert path.exists() == row.record.run.history
         if row.record.run.history:
@@ -81,14 +82,14 @@ def test_every_history_is_there_and_reads() -> None:
 
 
 def test_repeated_runs_agree_to_the_byte() -> None:
-    found = repeats(rows(FOLDER)).rows
+    found = repeats(ROWS).rows
     assert len(found) == 3
     assert all(cell.endswith("equal") for row in found for cell in row[2:4])
 
 
 def test_paging_that_was_asked_for_moved_the_paged_bytes() -> None:
     """After a save read them on the host, the next step brings back exactly the paged bytes."""
-    for row in rows(FOLDER):
+    for row in ROWS:
         seen = row.record.paging
         if seen is None or not seen.measured or not row.record.run.save:
             continue
