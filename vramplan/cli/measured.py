@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -14,7 +14,8 @@ from vramplan.accuracy import figures, predicted
 from vramplan.cli import output
 from vramplan.errors import RecordError
 from vramplan.record import Paging, Record, Spread
-from vramplan.timeline import Kind, Timeline, timeline_from_document
+from vramplan.terms import compare
+from vramplan.timeline import Timeline, timeline_from_document
 from vramplan.units import format_bytes, format_rate, format_seconds
 
 SCHEMA_VERSION = 1
@@ -245,15 +246,6 @@ def _known(size: int | None) -> str:
 # -- term by term ----------------------------------------------------------------------------------
 
 
-class Term(NamedTuple):
-    """Bytes of one kind and owner at the peak, predicted and measured."""
-
-    kind: str
-    owner: str
-    measured: int
-    predicted: int
-
-
 def read_timeline(path: Path) -> Timeline:
     """A recorded timeline.
 
@@ -270,26 +262,25 @@ def read_timeline(path: Path) -> Timeline:
         raise RecordError(f"{path} cannot be read as a timeline: {error}") from None
 
 
-def terms(measured: Timeline, estimated: Timeline) -> list[Term]:
-    """Both peaks by kind and owner (any layer), the largest difference first."""
-    sides = [timeline.peak().by_kind_and_owner for timeline in (measured, estimated)]
-    keys: set[tuple[Kind, str]] = set(sides[0]) | set(sides[1])
-    found = [
-        Term(kind.value, owner, *(side.get((kind, owner), 0) for side in sides))
-        for kind, owner in keys
-    ]
-    return sorted(found, key=lambda term: (-abs(term.predicted - term.measured), term))
-
-
 def print_terms(out: Console, record: Record, path: Path) -> None:
     """Where measurement and estimate part at their peaks, term by term."""
-    measured = read_timeline(path)
-    estimated = predicted(record).estimate.timeline
+    print_comparison(out, read_timeline(path), predicted(record).estimate.timeline, "measured")
+
+
+def print_comparison(out: Console, measured: Timeline, estimated: Timeline, witness: str) -> None:
+    """Where two timelines part at their peaks, term by term.
+
+    Args:
+        out: Where to print.
+        measured: What was measured or traced.
+        estimated: The estimate.
+        witness: How to call the first.
+    """
     peaks = [timeline.peak() for timeline in (measured, estimated)]
     out.print()
     out.print(Text("At the two peaks, by kind", style="bold"))
     out.print(
-        f"measured in {peaks[0].phase} of {peaks[0].owner}, estimated in {peaks[1].phase} of "
+        f"{witness} in {peaks[0].phase} of {peaks[0].owner}, estimated in {peaks[1].phase} of "
         f"{peaks[1].owner}"
     )
     kinds = sorted(set(peaks[0].by_kind) | set(peaks[1].by_kind), key=lambda kind: kind.value)
@@ -297,8 +288,8 @@ def print_terms(out: Console, record: Record, path: Path) -> None:
         (kind.value.replace("_", " "), peaks[0].by_kind.get(kind, 0), peaks[1].by_kind.get(kind, 0))
         for kind in kinds
     ]
-    _print_differences(out, "kind", [*rows, ("sum", peaks[0].nbytes, peaks[1].nbytes)])
-    found = terms(measured, estimated)
+    _print_differences(out, ("kind", witness), [*rows, ("sum", peaks[0].nbytes, peaks[1].nbytes)])
+    found = compare(measured, estimated)
     parts = [
         (f"{term.kind.replace('_', ' ')} of {term.owner}", term.measured, term.predicted)
         for term in found
@@ -311,14 +302,16 @@ def print_terms(out: Console, record: Record, path: Path) -> None:
     out.print(
         Text(f"Terms that differ ({len(parts)} of {len(found)}), largest first", style="bold")
     )
-    _print_differences(out, "term", parts[:MAX_TERMS])
+    _print_differences(out, ("term", witness), parts[:MAX_TERMS])
     if len(parts) > MAX_TERMS:
         out.print(Text(f"{len(parts) - MAX_TERMS} smaller ones not shown", style="dim"))
 
 
-def _print_differences(out: Console, what: str, rows: list[tuple[str, int, int]]) -> None:
+def _print_differences(
+    out: Console, heads: tuple[str, str], rows: list[tuple[str, int, int]]
+) -> None:
     table = output.plain_table(
-        (what, "left"), ("measured", "right"), ("estimated", "right"), ("difference", "right")
+        (heads[0], "left"), (heads[1], "right"), ("estimated", "right"), ("difference", "right")
     )
     for name, measured, estimated in rows:
         table.add_row(
