@@ -264,7 +264,7 @@ class Step:
         self.marks.append(t.position)
         t.kind = Kind.LOGITS
         t.phase = Phase.LOSS
-        logits = self.built.head(t, hidden)
+        logits = self.family.head(t, self.built.head, hidden, self.env)
         t.owner = "loss"
         return self._loss(logits), logits
 
@@ -276,7 +276,7 @@ class Step:
         t.owner = name
         position_ids = t.new(env.length, INT64, Kind.BATCH)
         t.owner = spec.name
-        embeds = ops.embedding(t, built.embedding.weight, env.tokens, spec.width)
+        embeds = self.family.embed(t, built.embedding, env)
         embeds = ops.dropout(t, embeds, env.dims.embedding_dropout)
         t.owner = name
         self.family.prepare(t, embeds, env)
@@ -291,7 +291,9 @@ class Step:
         hidden = self.family.norm(t, built.final_norm, hidden, env)
         del position_ids
         if not self.job.gradient_checkpointing:  # nobody will run a block again
-            env.cos = env.sin = env.mask = None
+            env.keep(())
+        else:
+            env.keep(env.dims.kinds)
         return hidden
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
@@ -299,6 +301,7 @@ class Step:
 
         def run() -> Tensor:
             t.owner = layer.name
+            env.use(layer.kind)
             return block(t, layer, hidden, env)
 
         return t.checkpoint(run) if self.job.gradient_checkpointing else run()
@@ -321,7 +324,8 @@ class Step:
             t.run_backward(marks[index + 1])
             with t.repeated(self.runs[index].repeats):
                 t.run_backward(marks[index])
-        self.env.cos = self.env.sin = self.env.mask = None  # the last checkpoint held them
+            # the checkpoints of the layers still to come hold theirs
+            self.env.keep([kind for run in self.runs[:index] for kind in run.kinds])
         t.run_backward()
 
     def _optimizer_step(self) -> None:

@@ -350,8 +350,11 @@ class Built:
     def _embedding(self, spec: EmbeddingSpec) -> Embedding:
         numel = spec.num_parameters
         weight = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
-        if self._saved_copy(spec.name):
+        saved = self._saved_copy(spec.name)
+        if saved:
             weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1, saved=True)
+        for nbytes in spec.buffers * (1 + saved):  # the copy is one of the whole module
+            self._hold(nbytes, Kind.WEIGHTS, spec.name)
         weight.embedding = True
         return Embedding(spec, spec.name, weight)
 

@@ -20,6 +20,8 @@ class Dims:
         tied: Whether input embedding and output head are one parameter.
         sliding_window: Attention span in tokens, None for full attention.
         num_sliding_layers: Layers that use the window.
+        attn_logit_softcapping: Cap of the attention scores (tanh), None for none.
+        final_logit_softcapping: Cap of the logits (tanh), None for none.
         layer_kinds: Kind of each layer where a family has several (``layer_types``); empty: one.
         dtype: dtype of the checkpoint (``torch_dtype`` of the config).
     """
@@ -44,6 +46,8 @@ class Dims:
     num_sliding_layers: int = 0
     layer_kinds: tuple[str, ...] = ()
     parallel_residual: bool = False
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     dtype: Dtype = BF16
 
     @property
@@ -80,11 +84,12 @@ class NormSpec(NamedTuple):
 
 
 class EmbeddingSpec(NamedTuple):
-    """An ``nn.Embedding``: a table [num_embeddings, width]."""
+    """An ``nn.Embedding``: a table [num_embeddings, width], and bytes of each buffer beside it."""
 
     name: str
     num_embeddings: int
     width: int
+    buffers: tuple[int, ...] = ()
 
     @property
     def num_parameters(self) -> int:

@@ -14,7 +14,17 @@ transformers = pytest.importorskip("transformers")
 
 MODELS = Path(__file__).parents[2] / "profiles" / "models"
 FILES = sorted(MODELS.glob("*.json"))
-FAMILIES = {"gptj", "gpt_neox", "llama", "mistral", "qwen2"}
+FAMILIES = {
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "gptj",
+    "llama",
+    "mistral",
+    "olmo2",
+    "qwen2",
+}
 KEYS = [
     "schema_version",
     "name",

@@ -35,6 +35,15 @@ TINY = {
     "qwen2": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "gpt_neox": {"hidden_act": "gelu"},
     "gptj": {"rotary_dim": 8, "n_positions": 512},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 32},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64},
+    "gemma3_text": {
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "sliding_window": 64,
+        "sliding_window_pattern": 3,
+    },
+    "olmo2": {"num_key_value_heads": 2},
 }
 
 

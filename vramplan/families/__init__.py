@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from vramplan.errors import UnknownNameError
-from vramplan.families import gpt_neox, gptj, llama, mistral, qwen2
+from vramplan.families import (
+    gemma,
+    gemma2,
+    gemma3_text,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    olmo2,
+    qwen2,
+)
 from vramplan.families.common import Family
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (gptj, gpt_neox, llama, mistral, qwen2)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (gemma, gemma2, gemma3_text, gptj, gpt_neox, llama, mistral, olmo2, qwen2)
 }
 
 
