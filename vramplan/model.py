@@ -19,6 +19,8 @@ class Dims:
         tied: Whether input embedding and output head are one parameter.
         sliding_window: Attention span in tokens, None for full attention.
         num_sliding_layers: Layers that use the window.
+        qk_layernorm: Whether queries and keys are normalised before they are rotated, where the
+            config says so.
         dtype: dtype of the checkpoint (``torch_dtype`` of the config).
     """
 
@@ -41,6 +43,7 @@ class Dims:
     sliding_window: int | None = None
     num_sliding_layers: int = 0
     parallel_residual: bool = False
+    qk_layernorm: bool = False
     dtype: Dtype = BF16
 
 

@@ -14,7 +14,10 @@ transformers = pytest.importorskip("transformers")
 
 MODELS = Path(__file__).parents[2] / "profiles" / "models"
 FILES = sorted(MODELS.glob("*.json"))
-FAMILIES = {"gptj", "gpt_neox", "llama", "mistral", "qwen2"}
+FAMILIES = {
+    "gptj", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "stablelm",
+    "starcoder2",
+}  # fmt: skip
 KEYS = [
     "schema_version",
     "name",

@@ -15,7 +15,10 @@ JOBS = {
     "qlora": Job(),
     "qlora-unprepared": Job(prepare_kbit=False),
 }
-SMALL = ("gpt-j-6b", "pythia-410m", "tinyllama-1.1b", "mistral-7b", "qwen2.5-0.5b")
+SMALL = (
+    "gpt-j-6b", "pythia-410m", "tinyllama-1.1b", "mistral-7b", "qwen2.5-0.5b", "phi-1.5", "phi-2",
+    "phi-3-mini-4k", "qwen3-0.6b", "stablelm-2-1.6b", "stablelm-2-12b", "starcoder2-3b",
+)  # fmt: skip
 VARIANTS = {
     "int8": Job(quant_type="int8"),
     "fp4": Job(quant_type="fp4", double_quant=False),
