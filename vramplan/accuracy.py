@@ -17,7 +17,7 @@ from vramplan.catalogue import model_from_config
 from vramplan.errors import UnknownNameError
 from vramplan.gpus import Gpu, find_gpu
 from vramplan.job import Job
-from vramplan.prediction import Prediction, job_for, judge, predict, usable_bytes
+from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.resources import profiles_dir
 from vramplan.units import MIB
@@ -170,24 +170,23 @@ def groups(found: Sequence[Row]) -> list[str]:
 
 
 def emulated(found: Iterable[Row]) -> list[str]:
-    """Runs on emulated cards: the verdict beside what happened."""
+    """Runs on emulated cards: the verdict at their limit beside what happened."""
     lines = [
-        "| run | limit | ran | verdict | predicted smallest limit |",
-        "|---|---|---|---|---|",
+        "| run | limit | ran | verdict | would reserve | predicted smallest limit |",
+        "|---|---|---|---|---|---|",
     ]
     for row in found:
-        slug, limit = row.record.run.emulated_gpu, row.record.run.limit_bytes
-        if slug is None or limit is None:
+        limit, prediction = row.record.run.limit_bytes, row.prediction
+        if row.record.run.emulated_gpu is None or limit is None:
             continue
-        card = find_gpu(slug)
-        usable = usable_bytes(card)
-        assert usable is not None, "a card that was emulated has a known size"
-        job = job_for(Job.from_dict(row.record.job), card)
-        verdict = judge(predict(row.prediction.model, job, card), slug, usable).verdict
+        # judged with the kernels of the card at work: all of its memory but this limit is process
+        card = limit + prediction.device_peak_bytes - prediction.peak_reserved_bytes
+        verdict = judge(prediction, row.record.name, card).verdict
         ran = "yes" if row.record.status == "done" else "out of memory"
-        least = row.prediction.min_limit_bytes
         lines.append(
-            f"| {row.record.name} | {limit // MIB} MiB | {ran} | {verdict} | {least // MIB} MiB |"
+            f"| {row.record.name} | {limit // MIB} MiB | {ran} | {verdict} | "
+            f"{prediction.peak_reserved_bytes // MIB} MiB | "
+            f"{prediction.min_limit_bytes // MIB} MiB |"
         )
     return lines
 

@@ -109,6 +109,7 @@ def rotary_tables(t: Tape, embeds: Tensor, env: Env) -> None:
     t.owner += ".rotary_emb"
     width = env.dims.rotary_dim
     half = t.new(env.length * width // 2, FP32)
+    t.use("cublas")
     emb = t.new(env.length * width, FP32)
 
     cos = ops.scale(t, t.new(env.length * width, FP32))  # emb.cos() * attention_scaling

@@ -76,6 +76,13 @@ def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
 
 def _softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     result = t.unpack(node.saved[0])
+    gx = t.new(result.numel, node.args[0])
+    t.scratch(result.numel * result.dtype.size, node.kind)  # softmax_backward_data: grad * result
+    return (gx,)
+
+
+def _log_softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    result = t.unpack(node.saved[0])
     return (t.new(result.numel, node.args[0]),)
 
 
@@ -105,7 +112,7 @@ def cross_entropy(t: Tape, logits: Tensor, labels: Tensor) -> Tensor:
     log_probs = t.new(logits.numel, logits.dtype)
     if logits.node is not None:
         kept = (result_of(log_probs),)
-        log_probs.node = t.node((logits.node,), _softmax_backward, kept, (logits.dtype,))
+        log_probs.node = t.node((logits.node,), _log_softmax_backward, kept, (logits.dtype,))
     loss = t.new(1, logits.dtype)
     total_weight = t.new(1, logits.dtype)
     if log_probs.node is not None:
