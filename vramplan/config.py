@@ -201,6 +201,21 @@ class ConfigReader:
             )
         return self.number(key, default=default, low=0.0, high=1.0)
 
+    def rotary_dim(self, head_dim: int, default_share: float) -> int:
+        """Rotated part of a head: ``partial_rotary_factor`` of it.
+
+        Raises:
+            ConfigError: If no pairs of elements are left to rotate, or half a pair.
+        """
+        share = self.rope("partial_rotary_factor", default_share)
+        rotated = int(head_dim * share)
+        if rotated < 2 or rotated % 2:
+            raise self.fail(
+                "partial_rotary_factor",
+                f"({share}) rotates {rotated} elements of a head of {head_dim}; it takes pairs",
+            )
+        return rotated
+
     def dtype(self) -> Dtype:
         """Dtype of the checkpoint; bf16 when the config does not say."""
         name = self.text("dtype", "torch_dtype", default="bfloat16")

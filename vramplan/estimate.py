@@ -277,10 +277,9 @@ class Step:
         position_ids = t.new(env.length, INT64, Kind.BATCH)
         t.owner = spec.name
         embeds = self.family.embed(t, built.embedding, env)
-        embeds = ops.dropout(t, embeds, env.dims.embedding_dropout)
+        hidden = ops.dropout(t, embeds, env.dims.embedding_dropout)
         t.owner = name
         self.family.prepare(t, embeds, env)
-        hidden = embeds
         self.marks = [t.position]
         for layers, run in zip(built.layers, self.runs, strict=True):
             with t.repeated(run.repeats):
@@ -289,7 +288,7 @@ class Step:
             self.marks.append(t.position)
         env.kept = None
         hidden = self.family.norm(t, built.final_norm, hidden, env)
-        del position_ids
+        del position_ids, embeds  # the model's forward holds both to its end
         if not self.job.gradient_checkpointing:  # nobody will run a block again
             env.keep(())
         else:

@@ -22,6 +22,8 @@ class Dims:
         num_sliding_layers: Layers that use the window.
         attn_logit_softcapping: Cap of the attention scores (tanh), None for none.
         final_logit_softcapping: Cap of the logits (tanh), None for none.
+        qk_layernorm: Whether queries and keys are normalised before they are rotated, where the
+            config says so.
         layer_kinds: Kind of each layer where a family has several (``layer_types``); empty: one.
         dtype: dtype of the checkpoint (``torch_dtype`` of the config).
     """
@@ -48,6 +50,7 @@ class Dims:
     parallel_residual: bool = False
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    qk_layernorm: bool = False
     dtype: Dtype = BF16
 
     @property

@@ -9,22 +9,14 @@ from typing import Any
 
 import pytest
 
+from vramplan.families import NAMES
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 MODELS = Path(__file__).parents[2] / "profiles" / "models"
 FILES = sorted(MODELS.glob("*.json"))
-FAMILIES = {
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt_neox",
-    "gptj",
-    "llama",
-    "mistral",
-    "olmo2",
-    "qwen2",
-}
+FAMILIES = set(NAMES)
 KEYS = [
     "schema_version",
     "name",

@@ -25,6 +25,13 @@ SMALL = (
     "gemma-2-2b",
     "gemma-3-270m",
     "olmo-2-1b",
+    "phi-1.5",
+    "phi-2",
+    "phi-3-mini-4k",
+    "qwen3-0.6b",
+    "stablelm-2-1.6b",
+    "stablelm-2-12b",
+    "starcoder2-3b",
 )
 VARIANTS = {
     "int8": Job(quant_type="int8"),

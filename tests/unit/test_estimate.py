@@ -44,7 +44,25 @@ TINY = {
         "sliding_window_pattern": 3,
     },
     "olmo2": {"num_key_value_heads": 2},
-}
+    "phi": {"resid_pdrop": 0.1},
+    "phi-normed": {"model_type": "phi", "qk_layernorm": True, "partial_rotary_factor": 1.0},
+    "phi3": {"num_key_value_heads": 2},
+    "phi3-partial": {
+        "model_type": "phi3", "partial_rotary_factor": 0.75, "resid_pdrop": 0.1,
+        "sliding_window": 64,
+    },
+    "stablelm": {"num_key_value_heads": 2, "use_qkv_bias": True},
+    "stablelm-normed": {
+        "model_type": "stablelm", "qk_layernorm": True, "use_parallel_residual": True,
+        "hidden_dropout": 0.1, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+    "starcoder2": {"num_key_value_heads": 2},
+    "starcoder2-dropout": {
+        "model_type": "starcoder2", "num_key_value_heads": 4, "sliding_window": 64,
+        "attention_dropout": 0.1, "embedding_dropout": 0.1, "residual_dropout": 0.1,
+    },
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 32},
+}  # fmt: skip
 
 
 def tiny(family: str, layers: int = 6):

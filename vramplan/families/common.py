@@ -108,21 +108,22 @@ class Family:
 
 
 def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
-    """LlamaRMSNorm.forward."""
+    """LlamaRMSNorm.forward, over hidden states or over each head."""
     outer, t.owner = t.owner, norm.owner
     dtype = x.dtype
     h = ops.to(t, x, FP32)
-    variance = ops.mean(t, ops.pow_scalar(t, h), env.tokens)
+    variance = ops.mean(t, ops.pow_scalar(t, h), x.numel // norm.spec.size)
     h = ops.mul(t, h, ops.rsqrt(t, ops.add_scalar(t, variance)))
     out = ops.mul(t, norm.weight, ops.to(t, h, dtype))
     t.owner = outer
     return out
 
 
-def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
-    """torch.nn.LayerNorm.forward."""
+def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env, *, contiguous: bool = True) -> Tensor:
+    """torch.nn.LayerNorm.forward, over hidden states or over each head."""
     outer, t.owner = t.owner, norm.owner
-    out = ops.layer_norm(t, x, norm.weight, norm.bias, env.tokens)
+    groups = x.numel // norm.spec.size
+    out = ops.layer_norm(t, x, norm.weight, norm.bias, groups, contiguous=contiguous)
     t.owner = outer
     return out
 
@@ -166,6 +167,18 @@ def rotate_half(t: Tape, x: Tensor) -> Tensor:
 def rotate(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``(x * cos) + (rotate_half(x) * sin)``."""
     return ops.add(t, ops.mul(t, x, cos), ops.mul(t, rotate_half(t, x), sin))
+
+
+def rotary_parts(t: Tape, x: Tensor, env: Env) -> tuple[Tensor, Tensor]:
+    """``x[..., :rotary_dim]`` and ``x[..., rotary_dim:]``, views of every head."""
+    rotated = x.numel // env.dims.head_dim * env.dims.rotary_dim
+    return ops.slice_(t, x, rotated), ops.slice_(t, x, x.numel - rotated)
+
+
+def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor]:
+    """apply_rotary_pos_emb of the Llama-like models."""
+    assert env.cos is not None and env.sin is not None
+    return rotate(t, q, env.cos, env.sin), rotate(t, k, env.cos, env.sin)
 
 
 def repeat_kv(t: Tape, x: Tensor, groups: int) -> Tensor:

@@ -88,10 +88,17 @@ def same_size(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 
 def slice_(t: Tape, x: Tensor, numel: int) -> Tensor:
-    """``x[..., a:b]``: a view; its gradient is a zero-filled tensor of the whole size."""
+    """``x[..., a:b]``: a view; its gradient is a zero-filled tensor of the whole size.
+
+    Of everything Python's indexing takes no slice but an alias, whose gradient passes through.
+
+    Source: torch 2.11 ``csrc/autograd/python_variable_indexing.cpp``, ``aten/src/ATen/
+    TensorIndexing.h`` (``applySlice``).
+    """
     out = Tensor(x.storage, numel, x.dtype)
     if x.node is not None:
-        out.node = t.node((x.node,), _slice_backward, args=(x.numel,))
+        whole = numel == x.numel
+        out.node = t.node((x.node,), _pass if whole else _slice_backward, args=(x.numel,))
     return out
 
 
@@ -142,6 +149,8 @@ def _cat_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         else Tensor(grad.storage, numel, dtype)
         if dtype is grad.dtype
         else t.new(numel, dtype)
+        if numel
+        else Tensor(None, 0, dtype)  # no elements, no block
         for edge, (numel, dtype) in zip(node.edges, node.args, strict=True)
     ]
 
