@@ -82,7 +82,8 @@ def num_cublaslt_threads(model: Model, job: Job) -> int:
     """
     arch = model.architecture
     in_block = not (job.quantised and job.quant_type == "int8") and any(
-        isinstance(module, LinearSpec) and module.bias for module in arch.block
+        isinstance(module, LinearSpec) and module.bias and module.cls != "FalconLinear"
+        for module in arch.block
     )
     return int(in_block or arch.head.bias) + int(in_block and job.gradient_checkpointing)
 
@@ -269,23 +270,26 @@ class Step:
         spec = built.embedding.spec
         name = spec.name.rsplit(".", 1)[0]
         t.owner = name
-        position_ids = t.new(env.length, INT64, Kind.BATCH)
+        position_ids = t.new(env.length, INT64, Kind.BATCH) if self.family.positions else None
         t.owner = spec.name
         embeds = ops.embedding(t, built.embedding.weight, env.tokens, spec.width)
-        embeds = ops.dropout(t, embeds, env.dims.embedding_dropout)
+        t.owner = name
+        hidden, held = self.family.enter(t, built.outside, embeds, env)
         t.owner = name
         self.family.prepare(t, embeds, env)
-        hidden = embeds
+        del embeds
         self.marks = [t.position]
         for layer, repeats in zip(built.layers, self.runs, strict=True):
             with t.repeated(repeats):
                 hidden = self._layer(layer, hidden)
             self.marks.append(t.position)
         env.kept = None
-        hidden = self.family.norm(t, built.final_norm, hidden, env)
-        del position_ids
+        if built.final_norm is not None:
+            hidden = self.family.norm(t, built.final_norm, hidden, env)
+        hidden = self.family.leave(t, built.outside, hidden, env)
+        del position_ids, held
         if not self.job.gradient_checkpointing:  # nobody will run a block again
-            env.cos = env.sin = env.mask = None
+            env.drop_shared()
         return hidden
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
@@ -315,7 +319,7 @@ class Step:
             t.run_backward(marks[index + 1])
             with t.repeated(self.runs[index]):
                 t.run_backward(marks[index])
-        self.env.cos = self.env.sin = self.env.mask = None  # the last checkpoint held them
+        self.env.drop_shared()  # the last checkpoint held them
         t.run_backward()
 
     def _optimizer_step(self) -> None:

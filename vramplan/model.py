@@ -19,6 +19,14 @@ class Dims:
         tied: Whether input embedding and output head are one parameter.
         sliding_window: Attention span in tokens, None for full attention.
         num_sliding_layers: Layers that use the window.
+        embedding_width: Width of the token table where it is not hidden_size, else 0.
+        norm_before: Whether a block's norms come before what they feed, not after.
+        final_norm: Whether there is a norm after the last layer.
+        residual_after_norm: Whether the residual branches off behind the norm.
+        upcast_attention: Whether eager attention works out its scores in fp32.
+        alibi: Whether positions are a bias on the attention scores.
+        grouped_qkv: Whether the fused query_key_value holds groups (q, ..., q, k, v).
+        num_parallel_norms: Norms that feed attention and MLP where they run side by side.
         dtype: dtype of the checkpoint (``torch_dtype`` of the config).
     """
 
@@ -41,16 +49,29 @@ class Dims:
     sliding_window: int | None = None
     num_sliding_layers: int = 0
     parallel_residual: bool = False
+    embedding_width: int = 0
+    norm_before: bool = True
+    final_norm: bool = True
+    residual_after_norm: bool = False
+    upcast_attention: bool = False
+    alibi: bool = False
+    grouped_qkv: bool = False
+    num_parallel_norms: int = 1
     dtype: Dtype = BF16
 
 
 class LinearSpec(NamedTuple):
-    """An ``nn.Linear``: weight [out_features, in_features] and maybe a bias."""
+    """An ``nn.Linear``: weight [out_features, in_features] and maybe a bias.
+
+    ``cls`` is the class of the module: ``Conv1D`` holds its weight transposed, ``FalconLinear`` is
+    a subclass that bitsandbytes leaves alone.
+    """
 
     name: str
     in_features: int
     out_features: int
     bias: bool = False
+    cls: str = "Linear"
 
     @property
     def num_parameters(self) -> int:
@@ -94,20 +115,22 @@ class Architecture:
     Attributes:
         embedding: Input table.
         block: Modules of one decoder layer, names relative to it, in order of registration.
-        final_norm: Norm before the head.
+        final_norm: Norm before the head, None where the model has none.
         head: Output head; shares the embedding's table when tied.
         layer_prefix: Path of the layers, e.g. ``model.layers``.
         layer_buffers: Bytes of each buffer of one layer.
         model_buffers: Bytes of each buffer outside the layers.
+        outside: Further modules outside the layers, by full name (position tables, projections).
     """
 
     embedding: EmbeddingSpec
     block: tuple[ModuleSpec, ...]
-    final_norm: NormSpec
+    final_norm: NormSpec | None
     head: LinearSpec
     layer_prefix: str
     layer_buffers: tuple[int, ...] = ()
     model_buffers: tuple[int, ...] = ()
+    outside: tuple[ModuleSpec, ...] = ()
 
     def num_parameters(self, dims: Dims) -> int:
         """Parameters of the model; a tied head is counted once."""
@@ -118,13 +141,18 @@ class Architecture:
         return (
             self.embedding.num_parameters
             + dims.num_layers * layer
-            + self.final_norm.num_parameters
+            + sum(module.num_parameters for module in self.outside)
+            + (self.final_norm.num_parameters if self.final_norm is not None else 0)
             + head
         )
 
     def linear_names(self) -> tuple[str, ...]:
-        """Last path component of every linear layer inside a block."""
-        return tuple(m.name.rsplit(".", 1)[-1] for m in self.block if isinstance(m, LinearSpec))
+        """Last path component of every linear layer but the head."""
+        return tuple(
+            m.name.rsplit(".", 1)[-1]
+            for m in (*self.block, *self.outside)
+            if isinstance(m, LinearSpec)
+        )
 
 
 @dataclass(frozen=True, slots=True)

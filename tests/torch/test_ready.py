@@ -15,7 +15,19 @@ JOBS = {
     "qlora": Job(),
     "qlora-unprepared": Job(prepare_kbit=False),
 }
-SMALL = ("gpt-j-6b", "pythia-410m", "tinyllama-1.1b", "mistral-7b", "qwen2.5-0.5b")
+SMALL = (
+    "gpt-j-6b",
+    "pythia-410m",
+    "tinyllama-1.1b",
+    "mistral-7b",
+    "qwen2.5-0.5b",
+    "gpt2",
+    "opt-125m",
+    "opt-350m",
+    "bloom-560m",
+    "falcon-7b",
+    "falcon-rw-1b",
+)
 VARIANTS = {
     "int8": Job(quant_type="int8"),
     "fp4": Job(quant_type="fp4", double_quant=False),

@@ -31,6 +31,29 @@ TINY = {
     "qwen2": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "gpt_neox": {"hidden_act": "gelu"},
     "gptj": {"rotary_dim": 8, "n_positions": 512},
+    "gpt2": {},
+    "gpt2_upcast": {"model_type": "gpt2", "reorder_and_upcast_attn": True, "attn_pdrop": 0.0},
+    "opt": {"ffn_dim": 256},
+    "opt_350m": {"model_type": "opt", "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "bloom": {"hidden_dropout": 0.1},
+    "bloom_post_norm": {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
+    "falcon": {},
+    "falcon_grouped": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon_one_norm": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 1,
+        "num_ln_in_parallel_attn": 1,
+    },
+    "falcon_rw": {
+        "model_type": "falcon",
+        "alibi": True,
+        "bias": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "attention_dropout": 0.1,
+    },
+    "falcon_alibi_multi_query": {"model_type": "falcon", "alibi": True},
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from vramplan.errors import UnknownNameError
-from vramplan.families import gpt_neox, gptj, llama, mistral, qwen2
+from vramplan.families import bloom, falcon, gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2
 from vramplan.families.common import Family
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (gptj, gpt_neox, llama, mistral, qwen2)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (bloom, falcon, gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2)
 }
 
 

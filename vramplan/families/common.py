@@ -27,6 +27,7 @@ class Env:
         tokens: Tokens of a micro-batch, batch times length.
         cos: Rotary table [1, length, rotary_dim]; None where the model has none.
         mask: Attention mask tensor, None where the kernel masks by itself.
+        alibi: Position bias of the attention scores, None where the model has none.
         capability: Compute capability of the card, which decides sdpa's kernel.
         kept: What the model's loop keeps of a block's result until the next block returns.
     """
@@ -40,6 +41,7 @@ class Env:
     cos: Tensor | None = None
     sin: Tensor | None = None
     mask: Tensor | None = None
+    alibi: Tensor | None = None
     kept: Tensor | None = None
     capability: tuple[int, int] = (9, 0)
 
@@ -48,6 +50,20 @@ class Env:
         """Whether the sequence outgrows a sliding window, so that sdpa needs a mask."""
         window = self.dims.sliding_window
         return window is not None and self.length >= window
+
+    def drop_shared(self) -> None:
+        """Let go of the tensors that all layers share."""
+        self.cos = self.sin = self.mask = self.alibi = None
+
+
+def enter(t: Tape, outside: Layer, embeds: Tensor, env: Env) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What most models do with the embeddings before the first layer: dropout, if at all."""
+    return ops.dropout(t, embeds, env.dims.embedding_dropout), (embeds,)
+
+
+def leave(t: Tape, outside: Layer, hidden: Tensor, env: Env) -> Tensor:
+    """What most models do behind the final norm: nothing."""
+    return hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +79,10 @@ class Family:
         prepare: What the model computes once before its layers (position tables).
         attentions: ``attn_implementation`` values the family supports, the default first.
         source: File and version of the code it models.
+        enter: From the token embeddings to the first layer's input, and what else the model's
+            forward keeps in locals until it returns.
+        leave: From the final norm's output to the head's input.
+        positions: Whether the model counts positions with ``torch.arange``.
     """
 
     model_type: str
@@ -73,6 +93,9 @@ class Family:
     prepare: Callable[[Tape, Tensor, Env], None]
     attentions: tuple[str, ...]
     source: str
+    enter: Callable[[Tape, Layer, Tensor, Env], tuple[Tensor, tuple[Tensor, ...]]] = enter
+    leave: Callable[[Tape, Layer, Tensor, Env], Tensor] = leave
+    positions: bool = True
 
 
 def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
@@ -93,6 +116,12 @@ def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
     out = ops.layer_norm(t, x, norm.weight, norm.bias, env.tokens)
     t.owner = outer
     return out
+
+
+def dropout_add(t: Tape, x: Tensor, residual: Tensor, p: float) -> Tensor:
+    """dropout_add of Bloom and Falcon."""
+    out = ops.dropout(t, x, p)
+    return ops.add(t, residual, out)
 
 
 def activate(t: Tape, x: Tensor, env: Env, name: str) -> Tensor:
@@ -167,6 +196,7 @@ def attend(
     dims = env.dims
     shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
     cudnn = env.attention == "sdpa" and env.capability >= (9, 0)
+    cudnn = cudnn and (dims.attention_dropout * 16).is_integer()  # all that cuDNN resolves
     out = ops.fused_attention(t, q, k, v, shape, cudnn=cudnn)
     return (out if contiguous else ops.copy(t, out)), None
 
@@ -185,15 +215,34 @@ def _sdpa_without_flash(
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
     if groups > 1 and env.mask is None:
-        return math_attention(t, q, k, v, env)
+        return ops.copy(t, math_attention(t, q, k, v, env, dropout=dims.attention_dropout))
     k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
     shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
-    out = ops.efficient_attention(t, q, k, v, shape, masked=env.mask is not None)
+    out = ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
     return out if contiguous else ops.copy(t, out)
 
 
-def math_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor:
+def math_attention(
+    t: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    env: Env,
+    *,
+    dropout: float,
+    broadcast: bool = False,
+) -> Tensor:
     """``_scaled_dot_product_attention_math``: everything in fp32, scores written out.
+
+    Args:
+        t: The tape.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        env: Shapes and mask.
+        dropout: Dropout of the weights.
+        broadcast: Whether ``matmul`` spreads the one key head over the query heads, as it does
+            without ``enable_gqa``; else they are repeated first.
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
     """
@@ -205,15 +254,21 @@ def math_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor
         q = ops.to(t, q, t.autocast)
     dtype = q.dtype
     size = dims.num_heads * env.tokens * env.length
+    _mask = None if env.mask is None else ops.to(t, env.mask, dtype)
     with t.no_autocast():
-        k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
+        if not broadcast:
+            k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
         q, k, v = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
         q, k = ops.scale(t, q), ops.scale(t, k)
+        if broadcast:
+            k, v = ops.expand(t, k, groups), ops.expand(t, v, groups)
         weights = ops.batched_matmul(t, q, k, size, dims.head_dim, env.batch)
-        weights = ops.softmax(t, weights)
+        if env.mask is not None:
+            weights = ops.add_(t, weights, env.mask)
+        weights = ops.dropout(t, ops.safe_softmax(t, weights), dropout)
+        _returned = ops.to(t, weights, dtype)
         out = ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch)
-        out = ops.to(t, out, dtype)
-    return ops.copy(t, out)
+        return ops.to(t, out, dtype)
 
 
 def eager_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vramplan.formats import FP32, Dtype
+from vramplan.formats import FP32, INT64, Dtype
 from vramplan.tape import Node, Param, Tape, Tensor, alias
 from vramplan.timeline import Kind
 
@@ -88,6 +88,34 @@ def slice_(t: Tape, x: Tensor, numel: int) -> Tensor:
 
 
 def _slice_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (t.new(node.args[0], grad.dtype),)
+
+
+def expand(t: Tape, x: Tensor, times: int) -> Tensor:
+    """``x.expand(...)`` to ``times`` as many elements: a view; its gradient is summed down."""
+    if times == 1:
+        return x
+    out = Tensor(x.storage, x.numel * times, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), _sum_down, args=(x.numel,))
+    return out
+
+
+def _sum_down(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (t.new(node.args[0], grad.dtype),)
+
+
+def index(t: Tape, x: Tensor, numel: int) -> Tensor:
+    """``x[..., [i], :]``: gathered by a list, so a copy; its gradient is one of the whole size."""
+    position = t.new(1, INT64)
+    node = None
+    if x.node is not None:
+        node = t.node((x.node,), _index_backward, (position,), (x.numel,))
+    return t.new(numel, x.dtype, node=node)
+
+
+def _index_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.unpack(node.saved[0])
     return (t.new(node.args[0], grad.dtype),)
 
 
