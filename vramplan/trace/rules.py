@@ -43,9 +43,11 @@ RULES = {
     "and promotes index_put and others (AT_FORALL_PROMOTE)",
     "autocast is on": "torch.is_autocast_enabled() without a device asks about CUDA "
     "(torch/csrc/autograd/init.cpp)",
-    "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA, a cast and a "
-    "softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
+    "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA for fp16 (not bf16), "
+    "a cast and a softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
     "fused dropout": "native_dropout with a byte mask on CUDA (aten/src/ATen/native/Dropout.cpp)",
+    "layers kept": "OPT skips a layer when torch.rand([]) < layerdrop; the number is on the host and "
+    "taken as 1.0 (transformers/models/opt/modeling_opt.py)",
     "attention kernel": "which one CUDA picks and what it keeps (vramplan/trace/attention.py)",
     "full sequences": "tests on the attention mask are answered as for a mask of ones; "
     "transformers' masking_utils.py otherwise takes fake tensors for an export",
@@ -165,6 +167,8 @@ class CudaFunctions(TorchFunctionMode):  # type: ignore[misc]
                     return func(*args, **kwargs)
         if name in ("softmax", "log_softmax"):
             return _softmax(func, name, args, kwargs)
+        if name == "rand" and args == ([],):
+            return 1.0
         if name == "dropout":
             return _dropout(func, *args, **kwargs)
         return func(*args, **kwargs)
@@ -173,7 +177,7 @@ class CudaFunctions(TorchFunctionMode):  # type: ignore[misc]
 def _softmax(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """``softmax(half, dtype=float32)``: one kernel."""
     dtype = kwargs.get("dtype")
-    if not _is_half(args[0]) or dtype is not torch.float32:
+    if args[0].dtype is not torch.float16 or dtype is not torch.float32:
         return func(*args, **kwargs)
     dim = kwargs["dim"] if "dim" in kwargs else args[1]
     kernel = torch._softmax if name == "softmax" else torch._log_softmax

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
 
 from vramplan.estimate import (
     CUBLAS_WORKSPACE,
@@ -168,10 +169,10 @@ class Run:
         biased = [
             module
             for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear)
+            if isinstance(module, torch.nn.Linear | Conv1D)
             and module.bias is not None
             and module is not head
-            and type(module).__name__ != "Linear8bitLt"
+            and type(module).__name__ not in ("Linear8bitLt", "FalconLinear")
         ]
         in_head = head is not None and getattr(head, "bias", None) is not None
         recomputed = bool(biased) and self.job.gradient_checkpointing
