@@ -21,7 +21,7 @@ from vramplan.formats import FP32, INT64
 from vramplan.job import Job
 from vramplan.layers import Built, Layer
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import Storage, Tape, Tensor
+from vramplan.tape import Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
@@ -129,6 +129,17 @@ def estimate(
         UsageError: If the job does not go with the model.
     """
     return Step(model, job, capability, workspace_bytes).run()
+
+
+def require_grad(t: Tape, embeds: Tensor) -> Tensor:
+    """enable_input_require_grads: the output of a frozen embedding becomes a leaf with a gradient.
+
+    Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
+    """
+    assert embeds.storage is not None
+    return Param(
+        embeds.storage, embeds.numel, embeds.dtype, trainable=True, owner=t.owner, copies=1
+    )
 
 
 class Step:
@@ -273,6 +284,8 @@ class Step:
         position_ids = t.new(env.length, INT64, Kind.BATCH) if self.family.positions else None
         t.owner = spec.name
         embeds = ops.embedding(t, built.embedding.weight, env.tokens, spec.width)
+        if self.job.gradient_checkpointing and embeds.node is None:
+            embeds = require_grad(t, embeds)
         t.owner = name
         hidden, held = self.family.enter(t, built.outside, embeds, env)
         t.owner = name

@@ -11,6 +11,7 @@ from vramplan.families.common import (
     Env,
     Family,
     causal_mask,
+    dropout,
     dropout_add,
     layer_norm,
 )
@@ -18,6 +19,7 @@ from vramplan.formats import FP32, INT64
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, NormSpec
 from vramplan.tape import Tape, Tensor
+from vramplan.timeline import Kind
 
 EMBEDDING_NORM = "transformer.word_embeddings_layernorm"
 
@@ -73,10 +75,12 @@ def enter(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """BloomModel.forward up to its layers: norm and position bias."""
     hidden = layer_norm(t, outside.norms[EMBEDDING_NORM], inputs_embeds, env)
-    positions = t.new(env.tokens, INT64)  # of attention_mask.cumsum
-    alibi = t.new(env.dims.num_heads * env.tokens, FP32)
-    env.alibi = ops.to(t, alibi, hidden.dtype)
-    del positions, alibi
+    positions = t.new(env.tokens, INT64, Kind.BATCH)  # of attention_mask.cumsum
+    alibi = t.new(env.dims.num_heads * env.tokens, FP32, Kind.BATCH)
+    if hidden.dtype is not FP32:
+        alibi = t.new(alibi.numel, hidden.dtype, Kind.BATCH)
+    env.alibi = alibi
+    del positions
     return hidden, (inputs_embeds,)
 
 
@@ -97,7 +101,7 @@ def attention(t: Tape, m: Layer, x: Tensor, residual: Tensor, env: Env) -> tuple
     if env.mask is not None:
         weights = ops.add(t, weights, env.mask)
     probs = ops.to(t, ops.softmax(t, weights, FP32), q.dtype)
-    probs = ops.dropout(t, probs, d.attention_dropout)
+    probs = dropout(t, probs, d.attention_dropout, "attention_dropout")
     context = ops.batched_matmul(t, ops.view(t, probs), v, q.numel, env.length, 1)
     context = ops.copy(t, context)  # _merge_heads
     out = m.linears["self_attention.dense"](t, context)

@@ -118,6 +118,14 @@ def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
     return out
 
 
+def dropout(t: Tape, x: Tensor, p: float, name: str) -> Tensor:
+    """nn.Dropout, a module of that name in the one at work."""
+    outer, t.owner = t.owner, f"{t.owner}.{name}"
+    out = ops.dropout(t, x, p)
+    t.owner = outer
+    return out
+
+
 def dropout_add(t: Tape, x: Tensor, residual: Tensor, p: float) -> Tensor:
     """dropout_add of Bloom and Falcon."""
     out = ops.dropout(t, x, p)
@@ -254,20 +262,23 @@ def math_attention(
         q = ops.to(t, q, t.autocast)
     dtype = q.dtype
     size = dims.num_heads * env.tokens * env.length
-    _mask = None if env.mask is None else ops.to(t, env.mask, dtype)
+    mask = None if env.mask is None else ops.to(t, env.mask, dtype)
     with t.no_autocast():
-        if not broadcast:
-            k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
-        q, k, v = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
-        q, k = ops.scale(t, q), ops.scale(t, k)
+        q_acc, k_acc, v_acc = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
+        query = ops.scale(t, q_acc)
         if broadcast:
-            k, v = ops.expand(t, k, groups), ops.expand(t, v, groups)
-        weights = ops.batched_matmul(t, q, k, size, dims.head_dim, env.batch)
-        if env.mask is not None:
-            weights = ops.add_(t, weights, env.mask)
-        weights = ops.dropout(t, ops.safe_softmax(t, weights), dropout)
+            key, value = ops.expand(t, ops.scale(t, k_acc), groups), ops.expand(t, v_acc, groups)
+        else:
+            expanded, value = repeat_kv(t, k_acc, groups), repeat_kv(t, v_acc, groups)
+            key = ops.scale(t, expanded)
+        weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch)
+        del key
+        if mask is not None:
+            weights = ops.add_(t, weights, mask)
+        weights = ops.safe_softmax(t, weights)
+        weights = ops.dropout(t, weights, dropout)
         _returned = ops.to(t, weights, dtype)
-        out = ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch)
+        out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
         return ops.to(t, out, dtype)
 
 

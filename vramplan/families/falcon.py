@@ -16,6 +16,7 @@ from vramplan.families.common import (
     Family,
     activate,
     causal_mask,
+    dropout,
     dropout_add,
     layer_norm,
     math_attention,
@@ -115,10 +116,12 @@ def prepare(t: Tape, embeds: Tensor, env: Env) -> None:
                 "--attn-implementation flash_attention_2: transformers has none for Falcon with "
                 "ALiBi; it has sdpa, eager"
             )
-        positions = t.new(env.tokens, INT64)  # of attention_mask.cumsum
-        alibi = t.new(env.dims.num_heads * env.tokens, BF16)
-        env.alibi = ops.to(t, alibi, embeds.dtype)
-        del positions, alibi
+        positions = t.new(env.tokens, INT64, Kind.BATCH)  # of attention_mask.cumsum
+        alibi = t.new(env.dims.num_heads * env.tokens, BF16, Kind.BATCH)
+        if embeds.dtype is not BF16:
+            alibi = t.new(alibi.numel, embeds.dtype, Kind.BATCH)
+        env.alibi = alibi
+        del positions
     causal_mask(t, embeds, env)
     if env.attention == "sdpa":
         env.mask = t.new(env.tokens * env.length, BOOL, Kind.BATCH)  # allow_is_causal_skip=False
@@ -168,9 +171,10 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
         assert env.cos is not None and env.sin is not None
         q, k = rotate(t, q, env.cos, env.sin), rotate(t, k, env.cos, env.sin)
     weights: Tensor | None = None
-    if env.attention == "eager":
-        run = eager_alibi if env.dims.alibi else eager
-        out, weights = run(t, q, k, v, x, env)
+    if env.attention == "eager" and env.dims.alibi:
+        out, weights, _locals = eager_alibi(t, q, k, v, x, env)
+    elif env.attention == "eager":
+        out, weights = eager(t, q, k, v, x, env)
     else:
         out = fused_attention(t, q, k, v, env)
     out = m.linears["self_attention.dense"](t, out)
@@ -208,8 +212,8 @@ def eager(t: Tape, q: Tensor, k: Tensor, v: Tensor, x: Tensor, env: Env) -> tupl
 
 def eager_alibi(
     t: Tape, q: Tensor, k: Tensor, v: Tensor, x: Tensor, env: Env
-) -> tuple[Tensor, Tensor]:
-    """FalconAttention.forward without sdpa but with ALiBi."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """FalconAttention.forward without sdpa but with ALiBi; its locals live on to its end."""
     d = env.dims
     assert env.mask is not None and env.alibi is not None
     size = d.num_heads * env.tokens * env.length
@@ -217,9 +221,9 @@ def eager_alibi(
     scores = ops.to(t, ops.view(t, result), FP32)
     logits = ops.scale_(t, ops.add(t, scores, env.alibi))
     probs = ops.softmax(t, ops.add(t, logits, env.mask), x.dtype)
-    probs = ops.dropout(t, probs, d.attention_dropout)
+    probs = dropout(t, probs, d.attention_dropout, "attention_dropout")
     out = ops.batched_matmul(t, probs, spread(t, v, env), q.numel, env.length, env.batch)
-    return ops.copy(t, out), probs
+    return ops.copy(t, out), probs, (result, scores, logits)
 
 
 def spread(t: Tape, x: Tensor, env: Env) -> Tensor:

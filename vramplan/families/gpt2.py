@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from vramplan import ops
 from vramplan.config import MAX_LAYERS, ConfigReader
-from vramplan.families.common import Env, Family, activate, attend, causal_mask, layer_norm
+from vramplan.families.common import (
+    Env,
+    Family,
+    activate,
+    attend,
+    causal_mask,
+    dropout,
+    layer_norm,
+)
 from vramplan.formats import FP32
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, NormSpec
@@ -68,7 +76,7 @@ def enter(
     position_embeds = ops.embedding(t, wpe.weight, env.length, wpe.spec.width)
     t.owner = outer
     hidden = ops.add(t, inputs_embeds, position_embeds)
-    hidden = ops.dropout(t, hidden, env.dims.embedding_dropout)
+    hidden = dropout(t, hidden, env.dims.embedding_dropout, "drop")
     return hidden, (inputs_embeds, position_embeds)
 
 
@@ -85,7 +93,7 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
         out = ops.copy(t, merged)  # transposed, so reshape copies
         del merged
     out = m.linears["attn.c_proj"](t, out)
-    out = ops.dropout(t, out, env.dims.residual_dropout)
+    out = dropout(t, out, env.dims.residual_dropout, "resid_dropout")
     t.owner = outer
     return out, weights
 
@@ -121,7 +129,7 @@ def upcast(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> tuple[Tensor, 
         weights = ops.add(t, weights, env.mask)
     weights = ops.softmax(t, weights)
     weights = ops.to(t, weights, v.dtype)
-    weights = ops.dropout(t, weights, d.attention_dropout)
+    weights = dropout(t, weights, d.attention_dropout, "attn_dropout")
     return ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch), weights
 
 
@@ -131,7 +139,7 @@ def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     h = m.linears["mlp.c_fc"](t, x)
     h = activate(t, h, env, "act")
     h = m.linears["mlp.c_proj"](t, h)
-    h = ops.dropout(t, h, env.dims.residual_dropout)
+    h = dropout(t, h, env.dims.residual_dropout, "dropout")
     t.owner = outer
     return h
 

@@ -83,7 +83,7 @@ def efficient_attention(
 ) -> Tensor:
     """``scaled_dot_product_attention`` by the memory-efficient kernel.
 
-    A boolean mask becomes an additive one in the queries' dtype at every call and is kept; so does
+    Its rows need a multiple of 16 elements. A boolean mask becomes an additive one in the queries' dtype at every call and is kept; so does
     an additive one that autocast has to cast.
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``
@@ -96,7 +96,10 @@ def efficient_attention(
     batch, heads, _kv_heads, length, dim = shape
     kept: tuple[Tensor, ...] = (q, k, v)
     if mask is not None:
-        kept += (to(t, mask, q.dtype),)
+        bias = to(t, mask, q.dtype)
+        if length % 16:  # rows are padded
+            bias = t.new(mask.numel // length * (-(-length // 16) * 16), q.dtype)
+        kept += (bias,)
     edges = (q.node, k.node, v.node)
     node = None
     if edges != (None, None, None):

@@ -171,6 +171,18 @@ def result_of(x: Tensor) -> Tensor:
     return Tensor(x.storage, x.numel, x.dtype)
 
 
+def drop_recomputed(node: Node) -> None:
+    """Release what a checkpoint recomputed for this node, as its formula has returned.
+
+    The engine casts gradients to their inputs' dtypes after that; a tensor kept since the forward
+    pass stays with the node until then.
+
+    Source: torch 2.11 ``torch/utils/checkpoint.py`` (``unpack_hook``), ``csrc/autograd/engine.cpp``
+    (``call_function``, ``evaluate_function``).
+    """
+    node.saved = tuple(saved for saved in node.saved if isinstance(saved, Tensor))
+
+
 def leaf_grad(t: Tape, numel: int, dtype: Dtype, edge: Node | Param | None) -> Tensor | None:
     """A gradient that a parameter may take over; None where nothing asks for it."""
     if edge is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vramplan.errors import UnknownNameError
 from vramplan.formats import BOOL, FP32, Dtype
-from vramplan.ops.base import Grads, copy, promote, result_of, same_size, to
+from vramplan.ops.base import Grads, copy, drop_recomputed, promote, result_of, same_size, to
 from vramplan.tape import BackwardFn, Node, Tape, Tensor
 
 
@@ -34,12 +34,14 @@ def _mul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     a_numel, a_dtype, b_numel, b_dtype = node.args
     for saved in node.saved:
         t.unpack(saved)
+        del saved
     a_edge, b_edge = node.edges
     ga = gb = None
     if a_edge is not None:
         ga = t.new(grad.numel, promote(grad.dtype, b_dtype))
     if b_edge is not None:
         gb = t.new(grad.numel, promote(grad.dtype, a_dtype))
+    drop_recomputed(node)
     if ga is not None:
         ga = fit_grad(t, ga, a_numel, a_dtype)
     if gb is not None:

@@ -36,16 +36,13 @@ def _layer_norm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
     """``F.softmax(x, dtype=...)``: keeps its result; in fp32 under autocast."""
-    in_dtype = x.dtype
     if dtype is None:
-        if t.autocast is not None:
-            x = to(t, x, FP32)
-            in_dtype = FP32
-        dtype = x.dtype
-    elif x.dtype is not dtype and x.dtype is not FP16:  # half to float alone is one kernel
-        x = to(t, x, dtype)
-        in_dtype = dtype
-    node = t.node((x.node,), _softmax_backward, (), (in_dtype,)) if x.node is not None else None
+        dtype = x.dtype if t.autocast is None else FP32
+        source = to(t, x, dtype)
+    else:  # half to float alone is one kernel
+        source = x if x.dtype is FP16 and dtype is FP32 else to(t, x, dtype)
+    args = (source.dtype,)
+    node = t.node((source.node,), _softmax_backward, (), args) if source.node is not None else None
     out = t.new(x.numel, dtype, node=node)
     if node is not None:
         node.saved = t.save((result_of(out),))

@@ -51,6 +51,8 @@ RULES = {
     "attention kernel": "which one CUDA picks and what it keeps (vramplan/trace/attention.py)",
     "full sequences": "tests on the attention mask are answered as for a mask of ones; "
     "transformers' masking_utils.py otherwise takes fake tensors for an export",
+    "safe softmax": "_safe_softmax looks for rows that are masked away with a softmax and a byte "
+    "mask of its own (aten/src/ATen/native/transformers/attention.cpp)",
     "dequantised weight": "gemm_4bit dequantises scales and weight first "
     "(bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback)",
     "sorted embedding": "embedding_dense_backward sorts its indices above 3072 of them "
@@ -215,7 +217,11 @@ def hidden_bytes(job: Job) -> dict[Any, Hidden]:
         chunks = max(-(-tensor.numel() // FOREACH_CHUNK) for tensor in args[0])
         return [len(args[0]) * chunks * 4]
 
+    def safe_softmax(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * args[0].element_size(), args[0].numel()]
+
     return {
+        aten._safe_softmax.default: safe_softmax,
         torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
         aten.embedding_dense_backward.default: embedding_backward,
         aten._foreach_norm.Scalar: foreach_norm,
