@@ -41,6 +41,7 @@ def _root(
 COMMANDS = {
     "fit": "fit",
     "estimate": "estimate",
+    "trace": "trace",
     "measure": "measure",
     "calibrate": "calibrate",
     "gpus": "catalogues",

@@ -22,7 +22,10 @@ def find_family(model_type: str) -> Family:
         return FAMILIES[model_type]
     except KeyError:
         raise UnknownNameError(
-            "model family", model_type, FAMILIES, "No block program describes it yet."
+            "model family",
+            model_type,
+            FAMILIES,
+            "No block program describes it; `vramplan trace` runs its own code on fake tensors.",
         ) from None
 
 

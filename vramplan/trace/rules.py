@@ -22,7 +22,6 @@ from bitsandbytes import functional as bnb_functional
 from bitsandbytes.optim import optimizer as bnb_optimizer
 from torch.overrides import TorchFunctionMode
 
-from vramplan.job import Job
 from vramplan.layers import FUSED_MAX_TOKENS
 from vramplan.trace.attention import scaled_dot_product_attention
 from vramplan.trace.tracker import Books, Hidden
@@ -38,9 +37,9 @@ RULES = {
     "fp32 list": "CUDA's autocast runs other operations in fp32 than the CPU's "
     "(aten/src/ATen/autocast_mode.h, AT_FORALL_FP32)",
     "opt dtype list": "softmax, sum and others get dtype=float32 from CUDA's autocast "
-    "(AT_FORALL_FP32_SET_OPT_DTYPE)",
+    "(aten/src/ATen/autocast_mode.h, AT_FORALL_FP32_SET_OPT_DTYPE)",
     "promote list": "the CPU's autocast promotes cat and stack with copies; CUDA's does not, "
-    "and promotes index_put and others (AT_FORALL_PROMOTE)",
+    "and promotes index_put and others (aten/src/ATen/autocast_mode.h)",
     "autocast is on": "torch.is_autocast_enabled() without a device asks about CUDA "
     "(torch/csrc/autograd/init.cpp)",
     "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA for fp16 (not bf16), "
@@ -63,7 +62,8 @@ RULES = {
     "the CPU (torch/optim/optimizer.py, _default_to_fused_or_foreach)",
     "paged state": "get_paged, fill and prefetch_tensor work in managed memory, outside the "
     "allocator (bitsandbytes/functional.py); optimizers page from 100,000 elements",
-    "host step counter": "foreach optimizers keep their step counters on the host",
+    "host step counter": "foreach optimizers keep their step counters on the host "
+    "(torch/optim/adamw.py, _init_group)",
     "cuBLAS workspaces": "one a thread (vramplan/estimate.py, num_cublaslt_threads)",
 }
 
@@ -198,7 +198,7 @@ def _dropout(
 # -- inside kernels --------------------------------------------------------------------------------
 
 
-def hidden_bytes(job: Job) -> dict[Any, Hidden]:
+def hidden_bytes(books: Books) -> dict[Any, Hidden]:
     """What CUDA kernels take for themselves while they run."""
 
     def gemm_4bit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -215,7 +215,7 @@ def hidden_bytes(job: Job) -> dict[Any, Hidden]:
 
     def foreach_norm(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         chunks = max(-(-tensor.numel() // FOREACH_CHUNK) for tensor in args[0])
-        return [len(args[0]) * chunks * 4]
+        return [sum(map(books.copies, args[0])) * chunks * 4]
 
     def safe_softmax(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         return [args[0].numel() * args[0].element_size(), args[0].numel()]
@@ -250,7 +250,7 @@ class PagedBooks:
         """Optimizer8bit.get_state_buffer on a CUDA parameter."""
         buffer = torch.zeros_like(p, dtype=dtype)
         if optimizer.is_paged and p.numel() >= 1e5:
-            self.nbytes += buffer.numel() * buffer.element_size()
+            self.nbytes += buffer.numel() * buffer.element_size() * self.books.copies(p)
             self.books.forget(buffer)
             buffer.is_paged = True
         return buffer
