@@ -21,7 +21,7 @@ from vramplan.formats import FP32, INT64
 from vramplan.job import Job
 from vramplan.layers import Built, Layer, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import Storage, Tape, Tensor
+from vramplan.tape import Leaf, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
@@ -155,6 +155,7 @@ class Step:
             else CUBLAS_WORKSPACE
         )
         self.marks: list[int] = []
+        self.leaf: Leaf | None = None
 
     def run(self) -> Estimate:
         """Load, then one steady step."""
@@ -233,6 +234,9 @@ class Step:
             self._backward(loss)
         del loss
         self.env.kept = None
+        if self.leaf is not None:
+            self.leaf.release()
+            self.leaf = None
         del batch
 
     def _forward(self) -> Tensor:
@@ -266,7 +270,7 @@ class Step:
         t.owner = name
         position_ids = t.new(env.length, INT64, Kind.BATCH)
         t.owner = spec.name
-        embeds = self.family.embed(t, built.embedding, env)
+        embeds = self._require_grad(self.family.embed(t, built.embedding, env))
         embeds = ops.dropout(t, embeds, env.dims.embedding_dropout)
         t.owner = name
         self.family.prepare(t, embeds, env)
@@ -280,11 +284,38 @@ class Step:
         env.kept = None
         hidden = self.family.norm(t, built.final_norm, hidden, env)
         del position_ids
-        if not self.job.gradient_checkpointing:  # nobody will run a block again
-            env.keep(())
-        else:
+        if self.job.gradient_checkpointing:
             env.keep(env.dims.kinds)
+        else:  # nobody will run a block again: the graph alone holds tables, and no masks
+            env.keep(self._folded_kinds(), masks=False)
         return hidden
+
+    def _folded_kinds(self) -> set[str]:
+        """Kinds of which no layer is written out before the folded ones.
+
+        The first layer of such a kind is the last to let go of its tables. Which repetition does
+        cannot be written in a folded section, so they are held until all have been walked back.
+        """
+        seen: set[str] = set()
+        folded: set[str] = set()
+        for run in self.runs:
+            if run.repeats > 1:
+                folded.update(kind for kind in run.kinds if kind not in seen)
+            seen.update(run.kinds)
+        return folded
+
+    def _require_grad(self, embeds: Tensor) -> Tensor:
+        """enable_input_require_grads: checkpointing makes a frozen embedding's output a leaf.
+
+        Its gradient is computed and kept with it until the graph goes.
+
+        Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
+        """
+        if not self.job.gradient_checkpointing or embeds.node is not None:
+            return embeds
+        assert embeds.storage is not None
+        self.leaf = Leaf(embeds.storage, embeds.numel, embeds.dtype, True, self.tape.owner, 1)
+        return self.leaf
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
         t, env, block = self.tape, self.env, self.family.block
