@@ -20,6 +20,7 @@ from vramplan.families.common import (
     rotary_parts,
     rotary_prepare,
     rotate_both,
+    split_heads,
 )
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, ModuleSpec, NormSpec
@@ -85,9 +86,9 @@ def architecture(d: Dims) -> Architecture:
 def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """PhiAttention.forward; the unrotated parts stay in local variables to its end."""
     outer, t.owner = t.owner, f"{m.name}.self_attn"
-    q = ops.view(t, m.linears["self_attn.q_proj"](t, x))
-    k = ops.view(t, m.linears["self_attn.k_proj"](t, x))
-    v = ops.view(t, m.linears["self_attn.v_proj"](t, x))
+    q = split_heads(t, m.linears["self_attn.q_proj"](t, x), env)
+    k = split_heads(t, m.linears["self_attn.k_proj"](t, x), env)
+    v = split_heads(t, m.linears["self_attn.v_proj"](t, x), env, value=True)
     if env.dims.qk_layernorm:  # on transposed tensors
         q = layer_norm(t, m.norms["self_attn.q_layernorm"], q, env, contiguous=False)
         k = layer_norm(t, m.norms["self_attn.k_layernorm"], k, env, contiguous=False)

@@ -22,6 +22,7 @@ from vramplan.families.common import (
     rotary_parts,
     rotary_prepare,
     rotate,
+    split_heads,
 )
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, NormSpec
@@ -91,9 +92,9 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     q = ops.slice_(t, qkv, env.tokens * query_pos)
     k = ops.slice_(t, qkv, env.tokens * kv_width)
     v = ops.slice_(t, qkv, env.tokens * kv_width)
-    q = ops.view(t, q)
-    k = ops.view(t, k)
-    v = ops.view(t, v)
+    q = split_heads(t, q, env)
+    k = split_heads(t, k, env)
+    v = split_heads(t, v, env, value=True)
     q, k = rotate_parts(t, q, k, env)
     out, weights = attend(t, q, k, v, env, contiguous=False)
     out = m.linears["self_attn.o_proj"](t, out)

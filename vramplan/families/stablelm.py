@@ -20,6 +20,7 @@ from vramplan.families.common import (
     rotary_parts,
     rotary_prepare,
     rotate_both,
+    split_heads,
 )
 from vramplan.formats import FP32
 from vramplan.layers import Layer
@@ -114,9 +115,9 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     q = m.linears["self_attn.q_proj"](t, x)
     k = m.linears["self_attn.k_proj"](t, x)
     v = m.linears["self_attn.v_proj"](t, x)
-    q = ops.view(t, q)
-    k = ops.view(t, k)
-    v = ops.view(t, v)
+    q = split_heads(t, q, env)
+    k = split_heads(t, k, env)
+    v = split_heads(t, v, env, value=True)
     if d.qk_layernorm:
         q = norm_per_head(t, m, "q_layernorm", q, d.num_heads, env)
         k = norm_per_head(t, m, "k_layernorm", k, d.num_kv_heads, env)
