@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,9 @@ class ConfigReader:
             raise self.fail(names[0], f"must be a short text, not {_show(value)}")
         return value
 
-    def dropout(self, *names: str) -> float:
-        """A dropout probability, 0 when absent."""
-        return self.number(*names, default=0.0, low=0.0, high=0.999)
+    def dropout(self, *names: str, default: float = 0.0) -> float:
+        """A dropout probability."""
+        return self.number(*names, default=default, low=0.0, high=0.999)
 
     def heads(self, hidden_size: int, num_heads: int) -> int:
         """Head dimension when it is hidden_size / heads.
@@ -161,6 +161,36 @@ class ConfigReader:
                 "num_key_value_heads", f"({count}) does not divide the {num_heads} heads"
             )
         return count
+
+    def optional(self, key: str, default: float | None) -> float | None:
+        """A positive number that null switches off."""
+        if key in self.values and self.values[key] is None:
+            return None
+        if default is None and key not in self.values:
+            return None
+        return self.number(key, default=default or 0.0, low=1e-6, high=1e9)
+
+    def layer_types(
+        self, num_layers: int, allowed: Sequence[str], default: Sequence[str]
+    ) -> tuple[str, ...]:
+        """The kind of every layer.
+
+        Args:
+            num_layers: How many there must be.
+            allowed: The kinds that are known.
+            default: The kinds when the config does not say.
+        """
+        kinds = self.values.get("layer_types")
+        if kinds is None:
+            return tuple(default)
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise self.fail("layer_types", f"must be a list of {num_layers} kinds, one a layer")
+        for kind in kinds:
+            if kind not in allowed:
+                raise self.fail(
+                    "layer_types", f"may hold {' and '.join(allowed)}, not {_show(kind)}"
+                )
+        return tuple(kinds)
 
     def rope(self, key: str, default: float) -> float:
         """A rotary parameter: top level in old configs, in rope_parameters in new ones."""

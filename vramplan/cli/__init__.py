@@ -41,8 +41,10 @@ def _root(
 COMMANDS = {
     "fit": "fit",
     "estimate": "estimate",
+    "trace": "trace",
     "measure": "measure",
     "calibrate": "calibrate",
+    "accuracy": "accuracy",
     "gpus": "catalogues",
     "models": "catalogues",
 }

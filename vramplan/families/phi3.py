@@ -18,6 +18,7 @@ from vramplan.families.common import (
     Family,
     activate,
     attend,
+    dropout,
     rms_norm,
     rotary_parts,
     rotary_prepare,
@@ -119,11 +120,11 @@ def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     residual = x
     h = rms_norm(t, m.norms["input_layernorm"], x, env)
     h, _weights = attention(t, m, h, env)
-    h = ops.add(t, residual, ops.dropout(t, h, p))
+    h = ops.add(t, residual, dropout(t, h, p, "resid_attn_dropout"))
     residual = h
     h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)
     h = mlp(t, m, h, env)
-    return ops.add(t, residual, ops.dropout(t, h, p))
+    return ops.add(t, residual, dropout(t, h, p, "resid_mlp_dropout"))
 
 
 FAMILY = Family(

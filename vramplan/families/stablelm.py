@@ -16,6 +16,7 @@ from vramplan.families.common import (
     Env,
     Family,
     attend,
+    dropout,
     layer_norm,
     rotary_parts,
     rotary_prepare,
@@ -140,12 +141,12 @@ def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     attn, _weights = attention(t, m, h, env)
     if env.dims.parallel_residual:
         out = llama.mlp(t, m, h, env)
-        out = ops.dropout(t, out, p)
+        out = dropout(t, out, p, "dropout")
         return ops.add(t, ops.add(t, residual, attn), out)
     residual = ops.add(t, residual, attn)
     second_norm = m.norms["post_attention_layernorm"]
     out = llama.mlp(t, m, layer_norm(t, second_norm, residual, env), env)
-    out = ops.dropout(t, out, p)
+    out = dropout(t, out, p, "dropout")
     return ops.add(t, residual, out)
 
 
