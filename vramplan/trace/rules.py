@@ -44,11 +44,11 @@ RULES = {
     "and promotes index_put and others (aten/src/ATen/autocast_mode.h)",
     "autocast is on": "torch.is_autocast_enabled() without a device asks about CUDA "
     "(torch/csrc/autograd/init.cpp)",
-    "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA for fp16 (not bf16), "
-    "a cast and a softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
+    "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA for fp16, not "
+    "for bf16; a cast and a softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
     "fused dropout": "native_dropout with a byte mask on CUDA (aten/src/ATen/native/Dropout.cpp)",
-    "layers kept": "OPT skips a layer when torch.rand([]) < layerdrop; the number is on the host and "
-    "taken as 1.0 (transformers/models/opt/modeling_opt.py)",
+    "layers kept": "OPT skips a layer when torch.rand([]) < layerdrop; the number is on the host "
+    "and taken as 1.0 (transformers/models/opt/modeling_opt.py)",
     "attention kernel": "which one CUDA picks and what it keeps (vramplan/trace/attention.py)",
     "full sequences": "tests on the attention mask are answered as for a mask of ones; "
     "transformers' masking_utils.py otherwise takes fake tensors for an export",
@@ -58,8 +58,10 @@ RULES = {
     "(bitsandbytes/autograd/_functions.py, backends/cuda/ops.py, backends/default/ops.py)",
     "sorted embedding": "embedding_dense_backward sorts its indices above 3072 of them "
     "(aten/src/ATen/native/cuda/Embedding.cu)",
-    "grouped product": "fp32 and fp16 operands fall back to a loop on CUDA; the meta kernel refuses "
-    "them (aten/src/ATen/native/cuda/GroupedBlas.cpp, torch/_meta_registrations.py)",
+    "grouped product": "fp32 and fp16 operands fall back to a loop on CUDA; the meta kernel "
+    "refuses them (aten/src/ATen/native/cuda/GroupedBlas.cpp, torch/_meta_registrations.py)",
+    "softmax gradient": "the gradient of softmax begins with grad * result in a tensor of its own "
+    "(aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out)",
     "foreach norm": "partial sums of the norms of all gradients "
     "(aten/src/ATen/native/cuda/ForeachReduceOp.cu)",
     "foreach by default": "torch's optimizers and clip_grad_norm_ pick foreach on CUDA, loops on "
@@ -217,6 +219,9 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
         count = args[1].numel()
         return [count * 8] * 3 if count > SORTED_EMBEDDING_TOKENS else []
 
+    def softmax_gradient(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * args[0].element_size()]
+
     def foreach_norm(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         chunks = max(-(-tensor.numel() // FOREACH_CHUNK) for tensor in args[0])
         return [sum(map(books.copies, args[0])) * chunks * 4]
@@ -234,6 +239,7 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
         torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
         torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
         aten.embedding_dense_backward.default: embedding_backward,
+        aten._softmax_backward_data.default: softmax_gradient,
         aten._foreach_norm.Scalar: foreach_norm,
     }
 
