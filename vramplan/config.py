@@ -137,9 +137,9 @@ class ConfigReader:
             raise self.fail(names[0], f"must be a short text, not {_show(value)}")
         return value
 
-    def dropout(self, *names: str) -> float:
-        """A dropout probability, 0 when absent."""
-        return self.number(*names, default=0.0, low=0.0, high=0.999)
+    def dropout(self, *names: str, default: float = 0.0) -> float:
+        """A dropout probability."""
+        return self.number(*names, default=default, low=0.0, high=0.999)
 
     def heads(self, hidden_size: int, num_heads: int) -> int:
         """Head dimension when it is hidden_size / heads.

@@ -77,7 +77,8 @@ def num_cublaslt_threads(model: Model, job: Job) -> int:
     """
     arch = model.architecture
     in_block = not (job.quantised and job.quant_type == "int8") and any(
-        isinstance(module, LinearSpec) and module.bias for module in arch.modules()
+        isinstance(module, LinearSpec) and module.bias and module.cls != "FalconLinear"
+        for module in arch.modules()
     )
     return int(in_block or arch.head.bias) + int(in_block and job.gradient_checkpointing)
 
@@ -125,6 +126,17 @@ def estimate(
     return Step(model, job, capability, workspace_bytes).run()
 
 
+def require_grad(t: Tape, embeds: Tensor) -> Param:
+    """enable_input_require_grads: the output of a frozen embedding becomes a leaf with a gradient.
+
+    Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
+    """
+    assert embeds.storage is not None
+    return Param(
+        embeds.storage, embeds.numel, embeds.dtype, trainable=True, owner=t.owner, copies=1
+    )
+
+
 class Step:
     """Walks one steady step of a job."""
 
@@ -136,6 +148,7 @@ class Step:
         self.family = find_family(model.family)
         self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
         self.tape = Tape(job.autocast_dtype)
+        self.leaf: Param | None = None
         self.tape.kind = Kind.WEIGHTS
         self.built = Built(self.tape, model, job, self.runs)
         self.env = Env(
@@ -243,6 +256,9 @@ class Step:
             self._backward(loss)
         del loss
         self.env.kept = None
+        if self.leaf is not None:  # goes with the graph; a leaf is its own node, a cycle here
+            self.leaf.node = self.leaf.grad = None
+            self.leaf = None
         del batch
 
     def _forward(self) -> Tensor:
@@ -274,12 +290,17 @@ class Step:
         spec = built.embedding.spec
         name = spec.name.rsplit(".", 1)[0]
         t.owner = name
-        position_ids = t.new(env.length, INT64, Kind.BATCH)
+        position_ids = t.new(env.length, INT64, Kind.BATCH) if self.family.positions else None
         t.owner = spec.name
         embeds = self.family.embed(t, built.embedding, env)
-        hidden = ops.dropout(t, embeds, env.dims.embedding_dropout)
+        if self.job.gradient_checkpointing and embeds.node is None:
+            self.leaf = require_grad(t, embeds)
+            embeds = self.leaf
+        t.owner = name
+        hidden, held = self.family.enter(t, built.outside, embeds, env)
         t.owner = name
         self.family.prepare(t, embeds, env)
+        del embeds
         self.marks = [t.position]
         for layers, run in zip(built.layers, self.runs, strict=True):
             with t.repeated(run.repeats):
@@ -287,12 +308,12 @@ class Step:
                     hidden = self._layer(layer, hidden)
             self.marks.append(t.position)
         env.kept = None
-        hidden = self.family.norm(t, built.final_norm, hidden, env)
-        del position_ids, embeds  # the model's forward holds both to its end
-        if not self.job.gradient_checkpointing:  # nobody will run a block again
-            env.keep(())
-        else:
-            env.keep(env.dims.kinds)
+        if built.final_norm is not None:
+            hidden = self.family.norm(t, built.final_norm, hidden, env)
+        hidden = self.family.leave(t, built.outside, hidden, env)
+        del position_ids, held  # the model's forward holds them to its end
+        # nobody runs a block again without checkpointing
+        env.keep(env.dims.kinds if self.job.gradient_checkpointing else ())
         return hidden
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:

@@ -71,8 +71,7 @@ class Linear:
     def _base(self, t: Tape, x: Tensor) -> Tensor:
         rows, columns = self.spec.out_features, self.spec.in_features
         if not self.quant_type:
-            assert self.weight is not None
-            return ops.linear(t, x, self.weight, self.bias, rows, columns)
+            return self._plain(t, x)
         if self.quant_type == "int8":
             return ops.matmul_8bit(t, x, rows, columns)
         dtype = x.dtype
@@ -81,6 +80,15 @@ class Linear:
             t, x, rows, columns, self.dequantised, self.stored, biased=self.bias is not None
         )
         return ops.to(t, out, dtype)
+
+    def _plain(self, t: Tape, x: Tensor) -> Tensor:
+        rows, columns = self.spec.out_features, self.spec.in_features
+        assert self.weight is not None
+        if self.spec.cls == "Conv1D":
+            assert self.bias is not None
+            return ops.conv1d(t, x, self.weight, self.bias, rows, columns)
+        product = ops.falcon_linear if self.spec.cls == "FalconLinear" else ops.linear
+        return product(t, x, self.weight, self.bias, rows, columns)
 
     def _lora(self, t: Tape, x: Tensor, adapter: Adapter) -> Tensor:
         result = self._base(t, x)
@@ -140,12 +148,16 @@ class Embedding:
 
 @dataclass(slots=True)
 class Layer:
-    """The modules of one decoder layer by name, standing for all identical ones."""
+    """The modules of one decoder layer by name, standing for all identical ones.
+
+    The modules outside the layers are one too, by full name.
+    """
 
     name: str = ""
     kind: str = ""
     linears: dict[str, Linear] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
+    embeddings: dict[str, Embedding] = field(default_factory=dict)
 
 
 class Run(NamedTuple):
@@ -226,12 +238,15 @@ class Built:
         self.storages: list[Storage] = []
         self.num_trainable = 0
         self.embedding = self._embedding(arch.embedding)
+        self.outside = Layer()
+        for spec in arch.outside:
+            self._add(self.outside, spec, "", 1)
         self.layers: list[list[Layer]] = []
         start = 0
         for run in runs:
             self.layers.append(self._run(arch, run, start))
             start += len(run.kinds) * run.repeats
-        self.final_norm = self._norm(arch.final_norm, "", 1)
+        self.final_norm = self._norm(arch.final_norm, "", 1) if arch.final_norm else None
         self.head = self._head(arch.head)
         for nbytes in arch.model_buffers:
             self._hold(nbytes, Kind.WEIGHTS, "buffers")
@@ -385,7 +400,7 @@ class Built:
         job = self.job
         owner = prefix + spec.name
         rows, columns = spec.out_features, spec.in_features
-        if job.quantised:
+        if job.quantised and spec.cls != "FalconLinear":  # bitsandbytes takes no other subclass
             layer = self._quantised(spec, owner, copies)
         else:
             weight = self._param(rows * columns, rows, self.plain_dtype, owner, copies)
@@ -435,8 +450,9 @@ class Built:
     def _add(self, layer: Layer, spec: ModuleSpec, prefix: str, copies: int) -> None:
         if isinstance(spec, LinearSpec):
             layer.linears[spec.name] = self._linear(spec, prefix, copies)
+        elif isinstance(spec, EmbeddingSpec):
+            layer.embeddings[spec.name] = self._embedding(spec)
         else:
-            assert isinstance(spec, NormSpec)
             layer.norms[spec.name] = self._norm(spec, prefix, copies)
 
     def _head(self, spec: LinearSpec) -> Linear:
@@ -473,7 +489,8 @@ def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
     head = arch.head.name.rsplit(".", 1)[-1]
     known = linear | {head}
     savable = known | {arch.embedding.name.rsplit(".", 1)[-1]}
-    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.modules(), arch.final_norm)}
+    norm = () if arch.final_norm is None else (arch.final_norm,)
+    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.modules(), *arch.outside, *norm)}
     savable -= linear  # a layer that is quantised or adapted cannot be saved whole
     for name in job.modules_to_save:
         if name not in savable:

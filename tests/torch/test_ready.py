@@ -32,6 +32,12 @@ SMALL = (
     "stablelm-2-1.6b",
     "stablelm-2-12b",
     "starcoder2-3b",
+    "gpt2",
+    "opt-125m",
+    "opt-350m",
+    "bloom-560m",
+    "falcon-7b",
+    "falcon-rw-1b",
 )
 VARIANTS = {
     "int8": Job(quant_type="int8"),

@@ -9,8 +9,8 @@ from vramplan.errors import UnknownNameError
 from vramplan.families.common import Family
 
 NAMES = (
-    "gemma", "gemma2", "gemma3_text", "gpt_neox", "gptj", "llama", "mistral", "olmo2", "phi",
-    "phi3", "qwen2", "qwen3", "stablelm", "starcoder2",
+    "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gptj", "llama",
+    "mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2",
 )  # fmt: skip
 
 

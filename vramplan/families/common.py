@@ -36,6 +36,7 @@ class Env:
         tokens: Tokens of a micro-batch, batch times length.
         cos: Rotary table [1, length, rotary_dim]; None where the model has none.
         mask: Attention mask tensor, None where the kernel masks by itself.
+        alibi: Position bias of the attention scores, None where the model has none.
         capability: Compute capability of the card, which decides sdpa's kernel.
         shared: Tables and mask of each kind of layer, where a family has several; ``use`` puts
             those of the layer at work into cos, sin and mask.
@@ -51,6 +52,7 @@ class Env:
     cos: Tensor | None = None
     sin: Tensor | None = None
     mask: Tensor | None = None
+    alibi: Tensor | None = None
     kept: Tensor | None = None
     capability: tuple[int, int] = (9, 0)
     shared: dict[str, Shared] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Env:
     def keep(self, kinds: Collection[str]) -> None:
         """Let go of what no layer of these kinds is handed."""
         if not kinds or self.shared:
-            self.cos = self.sin = self.mask = None
+            self.cos = self.sin = self.mask = self.alibi = None
         self.shared = {kind: mine for kind, mine in self.shared.items() if kind in kinds}
 
 
@@ -76,6 +78,16 @@ def embed_tokens(t: Tape, table: Embedding, env: Env) -> Tensor:
 def lm_head(t: Tape, head: Linear, hidden: Tensor, env: Env) -> Tensor:
     """The output head alone."""
     return head(t, hidden)
+
+
+def enter(t: Tape, outside: Layer, embeds: Tensor, env: Env) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What most models do with the embeddings before the first layer: dropout, if at all."""
+    return ops.dropout(t, embeds, env.dims.embedding_dropout), (embeds,)
+
+
+def leave(t: Tape, outside: Layer, hidden: Tensor, env: Env) -> Tensor:
+    """What most models do behind the final norm: nothing."""
+    return hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,10 @@ class Family:
         source: File and version of the code it models.
         embed: The program of the input embedding.
         head: What the ForCausalLM does from the last hidden states to the logits.
+        enter: From the token embeddings to the first layer's input, and what else the model's
+            forward keeps in locals until it returns.
+        leave: From the final norm's output to the head's input.
+        positions: Whether the model counts positions with ``torch.arange``.
     """
 
     model_type: str
@@ -105,6 +121,9 @@ class Family:
     source: str
     embed: Callable[[Tape, Embedding, Env], Tensor] = embed_tokens
     head: Callable[[Tape, Linear, Tensor, Env], Tensor] = lm_head
+    enter: Callable[[Tape, Layer, Tensor, Env], tuple[Tensor, tuple[Tensor, ...]]] = enter
+    leave: Callable[[Tape, Layer, Tensor, Env], Tensor] = leave
+    positions: bool = True
 
 
 def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
@@ -126,6 +145,20 @@ def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env, *, contiguous: bool = T
     out = ops.layer_norm(t, x, norm.weight, norm.bias, groups, contiguous=contiguous)
     t.owner = outer
     return out
+
+
+def dropout(t: Tape, x: Tensor, p: float, name: str) -> Tensor:
+    """nn.Dropout, a module of that name in the one at work."""
+    outer, t.owner = t.owner, f"{t.owner}.{name}"
+    out = ops.dropout(t, x, p)
+    t.owner = outer
+    return out
+
+
+def dropout_add(t: Tape, x: Tensor, residual: Tensor, p: float) -> Tensor:
+    """dropout_add of Bloom and Falcon."""
+    out = ops.dropout(t, x, p)
+    return ops.add(t, residual, out)
 
 
 def activate(t: Tape, x: Tensor, env: Env, name: str) -> Tensor:
@@ -218,7 +251,9 @@ def attend(
         return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
     dims = env.dims
     shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
-    out = ops.fused_attention(t, q, k, v, shape, cudnn=picks_cudnn(env))
+    # cuDNN resolves a dropout in sixteenths
+    cudnn = picks_cudnn(env) and (dims.attention_dropout * 16).is_integer()
+    out = ops.fused_attention(t, q, k, v, shape, cudnn=cudnn)
     return (out if contiguous else ops.copy(t, out)), None
 
 
@@ -247,15 +282,34 @@ def _sdpa_without_flash(
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
     if groups > 1 and env.mask is None:
-        return math_attention(t, q, k, v, env)
+        return ops.copy(t, math_attention(t, q, k, v, env, dropout=dims.attention_dropout))
     k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
     shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
-    out = ops.efficient_attention(t, q, k, v, shape, masked=env.mask is not None)
+    out = ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
     return out if contiguous else ops.copy(t, out)
 
 
-def math_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor:
+def math_attention(
+    t: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    env: Env,
+    *,
+    dropout: float,
+    broadcast: bool = False,
+) -> Tensor:
     """``_scaled_dot_product_attention_math``: everything in fp32, scores written out.
+
+    Args:
+        t: The tape.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        env: Shapes and mask.
+        dropout: Dropout of the weights.
+        broadcast: Whether ``matmul`` spreads the one key head over the query heads, as it does
+            without ``enable_gqa``; else they are repeated first.
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
     """
@@ -267,15 +321,24 @@ def math_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor
         q = ops.to(t, q, t.autocast)
     dtype = q.dtype
     size = dims.num_heads * env.tokens * env.length
+    mask = None if env.mask is None else ops.to(t, env.mask, dtype)
     with t.no_autocast():
-        k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
-        q, k, v = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
-        q, k = ops.scale(t, q), ops.scale(t, k)
-        weights = ops.batched_matmul(t, q, k, size, dims.head_dim, env.batch)
-        weights = ops.softmax(t, weights)
-        out = ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch)
-        out = ops.to(t, out, dtype)
-    return ops.copy(t, out)
+        q_acc, k_acc, v_acc = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
+        query = ops.scale(t, q_acc)
+        if broadcast:
+            key, value = ops.expand(t, ops.scale(t, k_acc), groups), ops.expand(t, v_acc, groups)
+        else:
+            expanded, value = repeat_kv(t, k_acc, groups), repeat_kv(t, v_acc, groups)
+            key = ops.scale(t, expanded)
+        weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch)
+        del key
+        if mask is not None:
+            weights = ops.add_(t, weights, mask)
+        weights = ops.safe_softmax(t, weights)
+        weights = ops.dropout(t, weights, dropout)
+        _returned = ops.to(t, weights, dtype)
+        out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
+        return ops.to(t, out, dtype)
 
 
 def eager_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vramplan.formats import FP32, Dtype
+from vramplan.formats import FP32, INT64, Dtype
 from vramplan.tape import Node, Param, Tape, Tensor, alias
 from vramplan.timeline import Kind
 
@@ -106,6 +106,34 @@ def _slice_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (t.new(node.args[0], grad.dtype),)
 
 
+def expand(t: Tape, x: Tensor, times: int) -> Tensor:
+    """``x.expand(...)`` to ``times`` as many elements: a view; its gradient is summed down."""
+    if times == 1:
+        return x
+    out = Tensor(x.storage, x.numel * times, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), _sum_down, args=(x.numel,))
+    return out
+
+
+def _sum_down(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (t.new(node.args[0], grad.dtype),)
+
+
+def index(t: Tape, x: Tensor, numel: int) -> Tensor:
+    """``x[..., [i], :]``: gathered by a list, so a copy; its gradient is one of the whole size."""
+    position = t.new(1, INT64)
+    node = None
+    if x.node is not None:
+        node = t.node((x.node,), _index_backward, (position,), (x.numel,))
+    return t.new(numel, x.dtype, node=node)
+
+
+def _index_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.unpack(node.saved[0])
+    return (t.new(node.args[0], grad.dtype),)
+
+
 def split(t: Tape, x: Tensor, numels: Sequence[int]) -> list[Tensor]:
     """``split``/``chunk``: views; their gradients are gathered in one concatenation."""
     outs = [Tensor(x.storage, n, x.dtype) for n in numels]
@@ -158,6 +186,18 @@ def _cat_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 def result_of(x: Tensor) -> Tensor:
     """A node keeps its own result without a reference cycle: another tensor, same storage."""
     return Tensor(x.storage, x.numel, x.dtype)
+
+
+def drop_recomputed(node: Node) -> None:
+    """Release what a checkpoint recomputed for this node, as its formula has returned.
+
+    The engine casts gradients to their inputs' dtypes after that; a tensor kept since the forward
+    pass stays with the node until then.
+
+    Source: torch 2.11 ``torch/utils/checkpoint.py`` (``unpack_hook``), ``csrc/autograd/engine.cpp``
+    (``call_function``, ``evaluate_function``).
+    """
+    node.saved = tuple(saved for saved in node.saved if isinstance(saved, Tensor))
 
 
 def leaf_grad(t: Tape, numel: int, dtype: Dtype, edge: Node | Param | None) -> Tensor | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vramplan.formats import Dtype
-from vramplan.ops.base import Grads, autocast_weight, column_sum, copy, leaf_grad, to
+from vramplan.ops.base import Grads, autocast_weight, column_sum, copy, leaf_grad, to, view
+from vramplan.ops.elementwise import add
 from vramplan.tape import Node, Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind
 
@@ -19,6 +20,37 @@ def linear(
     w = autocast_weight(t, weight)
     if t.autocast is not None:
         x = to(t, x, t.autocast)
+    return _product(t, x, w, b, rows, columns)
+
+
+def conv1d(t: Tape, x: Tensor, weight: Param, bias: Param, rows: int, columns: int) -> Tensor:
+    """Transformers' Conv1D: ``addmm`` of x [tokens, columns] and weight [columns, rows]."""
+    w = autocast_weight(t, weight)
+    if t.autocast is not None:
+        x = to(t, x, t.autocast)
+    b = autocast_weight(t, bias)
+    return _product(t, x, w, b, rows, columns)
+
+
+def falcon_linear(
+    t: Tape, x: Tensor, weight: Param, bias: Param | None, rows: int, columns: int
+) -> Tensor:
+    """FalconLinear: ``x @ weight.T``, then the bias added on its own.
+
+    Autocast sees a view of the weight, not the leaf, and so casts it anew each time.
+
+    Source: transformers 5.17 ``models/falcon/modeling_falcon.py``.
+    """
+    w = view(t, weight)
+    if t.autocast is not None:
+        w = to(t, w, t.autocast)
+        x = to(t, x, t.autocast)
+    out = _product(t, x, w, None, rows, columns)
+    return out if bias is None else add(t, out, bias)
+
+
+def _product(t: Tape, x: Tensor, w: Tensor, b: Tensor | None, rows: int, columns: int) -> Tensor:
+    """``addmm`` or ``mm`` of an activation and a weight, both cast already."""
     tokens = x.numel // columns
     t.flops += 2 * tokens * rows * columns
     t.moved_bytes += (x.numel + rows * columns) * x.dtype.size
@@ -100,6 +132,45 @@ def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     ga = t.new(a_numel, grad.dtype) if a_edge is not None else None
     t.flops += 2 * grad.numel * inner * ((ga is not None) + (gb is not None))
     return ga, gb
+
+
+def baddbmm(t: Tape, bias: Tensor, a: Tensor, b: Tensor, numel: int, inner: int) -> Tensor:
+    """``bias.baddbmm(a, b, alpha=...)`` with a bias that is not trained.
+
+    Args:
+        t: The tape.
+        bias: What is added, broadcast.
+        a: First operand [batch x heads, rows, inner].
+        b: Second operand [batch x heads, inner, columns].
+        numel: Elements of the result.
+        inner: Contracted dimension.
+    """
+    if t.autocast is not None:
+        b = to(t, b, t.autocast)
+        a = to(t, a, t.autocast)
+        bias = to(t, bias, t.autocast)
+    t.flops += 2 * numel * inner
+    node = None
+    if a.node is not None or b.node is not None:
+        saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
+        node = t.node((a.node, b.node), _baddbmm_backward, saved, (a.numel, b.numel, inner))
+    return t.new(numel, a.dtype, node=node)
+
+
+def _baddbmm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    a_numel, b_numel, inner = node.args
+    for saved in node.saved:
+        t.unpack(saved)
+    grads: list[Tensor | None] = []
+    for edge, numel in zip(node.edges, (a_numel, b_numel), strict=True):
+        if edge is None:
+            grads.append(None)
+            continue
+        product = t.new(numel, grad.dtype)
+        grads.append(t.new(numel, grad.dtype))  # times alpha
+        del product
+        t.flops += 2 * grad.numel * inner
+    return grads
 
 
 def matmul_4bit(

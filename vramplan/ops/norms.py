@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vramplan.formats import FP32, INT64, Dtype
+from vramplan.formats import BOOL, FP16, FP32, INT64, Dtype
 from vramplan.ops.base import Grads, leaf_grad, result_of, to
 from vramplan.tape import Node, Param, Tape, Tensor
 from vramplan.timeline import Kind
@@ -61,13 +61,13 @@ def _layer_norm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
     """``F.softmax(x, dtype=...)``: keeps its result; in fp32 under autocast."""
-    in_dtype = x.dtype
     if dtype is None:
-        if t.autocast is not None:
-            x = to(t, x, FP32)
-            in_dtype = FP32
-        dtype = x.dtype
-    node = t.node((x.node,), _softmax_backward, (), (in_dtype,)) if x.node is not None else None
+        dtype = x.dtype if t.autocast is None else FP32
+        source = to(t, x, dtype)
+    else:  # half to float alone is one kernel
+        source = x if x.dtype is FP16 and dtype is FP32 else to(t, x, dtype)
+    args = (source.dtype,)
+    node = t.node((source.node,), _softmax_backward, (), args) if source.node is not None else None
     out = t.new(x.numel, dtype, node=node)
     if node is not None:
         node.saved = t.save((result_of(out),))
@@ -86,16 +86,44 @@ def _log_softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (t.new(result.numel, node.args[0]),)
 
 
-def embedding(t: Tape, weight: Param, num_tokens: int, width: int) -> Tensor:
-    """``F.embedding``: rows gathered; the gradient of the table is dense."""
-    out = t.new(num_tokens * width, weight.dtype)
-    if weight.node is not None:
-        out.node = t.node((weight,), _embedding_backward, args=(weight.numel, num_tokens))
+def safe_softmax(t: Tape, x: Tensor) -> Tensor:
+    """``_safe_softmax``: softmax, then zeros where a whole row is masked away.
+
+    Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
+    """
+    node = t.node((x.node,), _softmax_backward, (), (x.dtype,)) if x.node is not None else None
+    plain = t.new(x.numel, x.dtype)
+    masked = t.new(x.numel, BOOL)
+    out = t.new(x.numel, x.dtype, node=node)
+    del plain, masked
+    if node is not None:
+        node.saved = t.save((result_of(out),))
     return out
+
+
+def embedding(
+    t: Tape, weight: Param, num_tokens: int, width: int, indices: Tensor | None = None
+) -> Tensor:
+    """``F.embedding``: rows gathered; the gradient of the table is dense.
+
+    Args:
+        t: The tape.
+        weight: The table.
+        num_tokens: Rows to gather.
+        width: Elements of a row.
+        indices: What the node keeps, where nobody else keeps it as the batch keeps input_ids.
+    """
+    node = None
+    if weight.node is not None:
+        kept = () if indices is None else (indices,)
+        node = t.node((weight,), _embedding_backward, kept, (weight.numel, num_tokens))
+    return t.new(num_tokens * width, weight.dtype, node=node)
 
 
 def _embedding_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     numel, num_tokens = node.args
+    for saved in node.saved:
+        t.unpack(saved)
     gw = t.new(numel, grad.dtype, Kind.GRADIENTS)
     # embedding_dense_backward_cuda sorts the indices above 3072 of them
     if num_tokens > 3072:

@@ -52,6 +52,8 @@ RULES = {
     "attention kernel": "which one CUDA picks and what it keeps (vramplan/trace/attention.py)",
     "full sequences": "tests on the attention mask are answered as for a mask of ones; "
     "transformers' masking_utils.py otherwise takes fake tensors for an export",
+    "safe softmax": "_safe_softmax looks for rows that are masked away with a softmax and a byte "
+    "mask of its own (aten/src/ATen/native/transformers/attention.cpp)",
     "dequantised weight": "gemm_4bit dequantises scales and weight first "
     "(bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback)",
     "LLM.int8": "a CPU trains by dequantised weights, CUDA by int8 products; no outlier columns "
@@ -226,6 +228,9 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
         chunks = max(-(-tensor.numel() // FOREACH_CHUNK) for tensor in args[0])
         return [sum(map(books.copies, args[0])) * chunks * 4]
 
+    def safe_softmax(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * args[0].element_size(), args[0].numel()]
+
     def int8_quant(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         return [args[0].numel() * 2, args[0].numel()]  # absolute values, which are outliers
 
@@ -235,6 +240,7 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
         return [numel * 4, 0 if x.dtype is torch.float16 else numel * 2]
 
     return {
+        aten._safe_softmax.default: safe_softmax,
         torch.ops.bitsandbytes.int8_vectorwise_quant.default: int8_quant,
         torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
         torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
