@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._meta_registrations as meta
 import transformers.utils.import_utils as hf_imports
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.autograd import _functions as bnb_autograd
@@ -43,8 +44,8 @@ RULES = {
     "and promotes index_put and others (aten/src/ATen/autocast_mode.h)",
     "autocast is on": "torch.is_autocast_enabled() without a device asks about CUDA "
     "(torch/csrc/autograd/init.cpp)",
-    "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA for fp16 (not "
-    "bf16), a cast and a softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
+    "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA for fp16, not "
+    "for bf16; a cast and a softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
     "fused dropout": "native_dropout with a byte mask on CUDA (aten/src/ATen/native/Dropout.cpp)",
     "layers kept": "OPT skips a layer when torch.rand([]) < layerdrop; the number is on the host "
     "and taken as 1.0 (transformers/models/opt/modeling_opt.py)",
@@ -59,6 +60,10 @@ RULES = {
     "(bitsandbytes/autograd/_functions.py, backends/cuda/ops.py, backends/default/ops.py)",
     "sorted embedding": "embedding_dense_backward sorts its indices above 3072 of them "
     "(aten/src/ATen/native/cuda/Embedding.cu)",
+    "grouped product": "fp32 and fp16 operands fall back to a loop on CUDA; the meta kernel "
+    "refuses them (aten/src/ATen/native/cuda/GroupedBlas.cpp, torch/_meta_registrations.py)",
+    "softmax gradient": "the gradient of softmax begins with grad * result in a tensor of its own "
+    "(aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out)",
     "foreach norm": "partial sums of the norms of all gradients "
     "(aten/src/ATen/native/cuda/ForeachReduceOp.cu)",
     "foreach by default": "torch's optimizers and clip_grad_norm_ pick foreach on CUDA, loops on "
@@ -216,6 +221,9 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
         count = args[1].numel()
         return [count * 8] * 3 if count > SORTED_EMBEDDING_TOKENS else []
 
+    def softmax_gradient(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * args[0].element_size()]
+
     def foreach_norm(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         chunks = max(-(-tensor.numel() // FOREACH_CHUNK) for tensor in args[0])
         return [sum(map(books.copies, args[0])) * chunks * 4]
@@ -237,6 +245,7 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
         torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
         torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
         aten.embedding_dense_backward.default: embedding_backward,
+        aten._softmax_backward_data.default: softmax_gradient,
         aten._foreach_norm.Scalar: foreach_norm,
     }
 
@@ -297,9 +306,16 @@ def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]
     def nothing(*_args: Any, **_kwargs: Any) -> None:
         return None
 
+    def grouped_mm(
+        a: Any, b: Any, *, scale_a: Any, scale_b: Any, offs: Any, bias: Any, scale_result: Any,
+        out_dtype: Any,
+    ) -> Any:  # fmt: skip
+        return meta._create_grouped_mm_output_tensor(a, b, offs, out_dtype)
+
     with ExitStack() as stack:
         for where, name, value in (
             (torch, "is_autocast_enabled", is_autocast_enabled),
+            (meta, "_meta_grouped_mm_common", grouped_mm),
             (hf_imports, "is_fake_tensor", lambda _x: False),
             (bnb_optimizer.Optimizer8bit, "get_state_buffer", get_state_buffer),
             (bnb_optimizer, "sync_gpu", nothing),
