@@ -33,14 +33,17 @@ def _to_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (grad if grad.dtype is dtype else t.new(grad.numel, dtype),)
 
 
-def autocast_weight(t: Tape, weight: Param) -> Tensor:
+def autocast_weight(t: Tape, weight: Tensor) -> Tensor:
     """The weight as autocast hands it to a matrix product.
 
-    Trainable fp32 leaves are cast once per context and cached; frozen ones are cast anew each time.
+    Trainable fp32 leaves are cast once per context and cached; frozen and computed ones are cast
+    anew each time.
     """
     low = t.autocast
     if low is None or weight.dtype is low:
         return weight
+    if not isinstance(weight, Param):
+        return to(t, weight, low)
     cached = t.cached_cast(weight)
     if cached is not None:
         return cached

@@ -53,11 +53,12 @@ def add(t: Tape, a: Tensor, b: Tensor) -> Tensor:
     t.moved_bytes += a.numel * a.dtype.size + b.numel * b.dtype.size
     if a.node is not None or b.node is not None:
         args = (a.numel, a.dtype, b.numel, b.dtype)
-        out.node = t.node((a.node, b.node), _add_backward, args=args)
+        out.node = t.node((a.node, b.node), add_backward, args=args)
     return out
 
 
-def _add_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+def add_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    """The same gradient for both, summed down and cast where one was broadcast or promoted."""
     a_numel, a_dtype, b_numel, b_dtype = node.args
     a_edge, b_edge = node.edges
     return (
