@@ -2,7 +2,7 @@
 
 One steady training step of transformers' Trainer is walked on the tape: batch, forward, loss,
 backward and optimizer step. Identical layers are walked once: the first, whose input may
-need no gradient, and one that stands for all others.
+need no gradient, and one that stands for all others, or one period where kinds of layers alternate.
 
 Source: transformers 5.17.0 ``trainer.py`` (``training_step``), ``loss/loss_utils.py``; accelerate
 1.15.0 ``utils/operations.py`` (``convert_outputs_to_fp32``); torch 2.11.
@@ -19,7 +19,7 @@ from vramplan.families import Family, find_family
 from vramplan.families.common import Env
 from vramplan.formats import FP32, INT64
 from vramplan.job import Job
-from vramplan.layers import Built, Layer
+from vramplan.layers import Built, Layer, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
 from vramplan.tape import Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
@@ -65,11 +65,6 @@ class Estimate:
         return self.tape.timeline()
 
 
-def runs_of(num_layers: int) -> list[int]:
-    """How many identical layers each walked layer stands for: the first alone, all others."""
-    return [1] if num_layers == 1 else [1, num_layers - 1]
-
-
 def num_cublaslt_threads(model: Model, job: Job) -> int:
     """How many threads hold a cuBLASLt workspace: those that run a linear layer with a bias.
 
@@ -82,7 +77,7 @@ def num_cublaslt_threads(model: Model, job: Job) -> int:
     """
     arch = model.architecture
     in_block = not (job.quantised and job.quant_type == "int8") and any(
-        isinstance(module, LinearSpec) and module.bias for module in arch.block
+        isinstance(module, LinearSpec) and module.bias for module in arch.modules()
     )
     return int(in_block or arch.head.bias) + int(in_block and job.gradient_checkpointing)
 
@@ -139,7 +134,7 @@ class Step:
         self.model = model
         self.job = job
         self.family = find_family(model.family)
-        self.runs = runs_of(model.dims.num_layers)
+        self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
         self.tape = Tape(job.autocast_dtype)
         self.tape.kind = Kind.WEIGHTS
         self.built = Built(self.tape, model, job, self.runs)
@@ -277,9 +272,10 @@ class Step:
         self.family.prepare(t, embeds, env)
         hidden = embeds
         self.marks = [t.position]
-        for layer, repeats in zip(built.layers, self.runs, strict=True):
-            with t.repeated(repeats):
-                hidden = self._layer(layer, hidden)
+        for layers, run in zip(built.layers, self.runs, strict=True):
+            with t.repeated(run.repeats):
+                for layer in layers:
+                    hidden = self._layer(layer, hidden)
             self.marks.append(t.position)
         env.kept = None
         hidden = self.family.norm(t, built.final_norm, hidden, env)
@@ -313,7 +309,7 @@ class Step:
         marks = self.marks
         for index in reversed(range(len(self.runs))):
             t.run_backward(marks[index + 1])
-            with t.repeated(self.runs[index]):
+            with t.repeated(self.runs[index].repeats):
                 t.run_backward(marks[index])
         self.env.cos = self.env.sin = self.env.mask = None  # the last checkpoint held them
         t.run_backward()

@@ -11,7 +11,9 @@ Source: transformers 5.17 ``integrations/bitsandbytes.py``; peft 0.21 ``tuners/l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vramplan import ops
 from vramplan.errors import UsageError
@@ -138,8 +140,64 @@ class Layer:
     """The modules of one decoder layer by name, standing for all identical ones."""
 
     name: str = ""
+    kind: str = ""
     linears: dict[str, Linear] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
+
+
+class Run(NamedTuple):
+    """Consecutive layers of these kinds, walked once for ``repeats`` repetitions of them."""
+
+    kinds: tuple[str, ...]
+    repeats: int
+
+
+def runs_of(kinds: Sequence[str], lead: int = 1) -> list[Run]:
+    """Fold the layers: the first alone, then repeating periods, what is between written out.
+
+    Two repeated runs never touch: what one hands to the next would be counted differently on
+    either side (see ``timeline.handed_on``).
+
+    Args:
+        kinds: The kind of every layer.
+        lead: How many layers to write out first.
+    """
+    runs: list[Run] = []
+    start = 0
+    while start < len(kinds):
+        length, repeats = 1, 1
+        if start >= lead and runs[-1].repeats == 1:
+            length, repeats = _period(kinds, start)
+        runs.append(Run(tuple(kinds[start : start + length]), repeats))
+        start += length * repeats
+    return runs
+
+
+def _period(kinds: Sequence[str], start: int) -> tuple[int, int]:
+    """Length and repetitions of the period from ``start`` that saves the most layers."""
+    best, saved = (1, 1), 0
+    left = len(kinds) - start
+    for length in range(1, left // 2 + 1):
+        if saved >= left - length:
+            break
+        period = kinds[start : start + length]
+        repeats = 1
+        while kinds[start + repeats * length : start + (repeats + 1) * length] == period:
+            repeats += 1
+        if length * (repeats - 1) > saved:
+            best, saved = (length, repeats), length * (repeats - 1)
+    return best
+
+
+def num_lead_layers(model: Model, job: Job) -> int:
+    """Layers up to the first with something to train: later ones alone see a gradient's input."""
+    arch = model.architecture
+    names = resolve_targets(arch, job) | set(job.modules_to_save)
+    for index, kind in enumerate(model.dims.kinds):
+        modules = arch.block_of(kind)
+        if job.method == "full" or any(m.name.rsplit(".", 1)[-1] in names for m in modules):
+            return index + 1
+    return 1
 
 
 class Built:
@@ -149,10 +207,10 @@ class Built:
         t: The tape; weights are written to it as allocations.
         model: The model.
         job: The job, which decides dtypes, quantisation and adapters.
-        runs: How many identical layers each walked layer stands for, in order.
+        runs: How the layers are folded; ``layers`` holds one list a run.
     """
 
-    def __init__(self, t: Tape, model: Model, job: Job, runs: list[int]) -> None:
+    def __init__(self, t: Tape, model: Model, job: Job, runs: list[Run]) -> None:
         self.t = t
         self.runs = runs
         self.job = job
@@ -165,7 +223,11 @@ class Built:
         self.storages: list[Storage] = []
         self.num_trainable = 0
         self.embedding = self._embedding(arch.embedding)
-        self.layers = [self._layer(arch, runs, i) for i in range(len(runs))]
+        self.layers: list[list[Layer]] = []
+        start = 0
+        for run in runs:
+            self.layers.append(self._run(arch, run, start))
+            start += len(run.kinds) * run.repeats
         self.final_norm = self._norm(arch.final_norm, "", 1)
         self.head = self._head(arch.head)
         for nbytes in arch.model_buffers:
@@ -191,9 +253,9 @@ class Built:
 
         Source: bitsandbytes 0.50.2 ``nn/modules.py`` (``Linear4bit.forward``).
         """
-        for layer, copies in zip(self.layers, self.runs, strict=True):
-            with self.t.repeated(copies):
-                for linear in layer.linears.values():
+        for layers, run in zip(self.layers, self.runs, strict=True):
+            with self.t.repeated(run.repeats):
+                for linear in (x for layer in layers for x in layer.linears.values()):
                     bias = linear.bias
                     four_bit = linear.quant_type not in ("", "int8")
                     if four_bit and bias is not None and bias.dtype is not linear.compute:
@@ -312,16 +374,21 @@ class Built:
             layer.dequantised = dequantised_bytes(job, rows, columns)
         return layer
 
-    def _layer(self, arch: Architecture, runs: list[int], index: int) -> Layer:
-        copies = runs[index]
-        position = "*" if copies > 1 else str(sum(runs[:index]))
+    def _run(self, arch: Architecture, run: Run, start: int) -> list[Layer]:
+        layers = []
+        with self.t.repeated(run.repeats):  # loaded layer after layer
+            for index, kind in enumerate(run.kinds, start):
+                position = "*" if run.repeats > 1 else str(index)
+                layers.append(self._layer(arch, kind, position, run.repeats))
+        return layers
+
+    def _layer(self, arch: Architecture, kind: str, position: str, copies: int) -> Layer:
         prefix = f"{arch.layer_prefix}.{position}."
-        layer = Layer(prefix.removesuffix("."))
-        with self.t.repeated(copies):  # loaded layer after layer
-            for spec in arch.block:
-                self._add(layer, spec, prefix, copies)
-            for nbytes in arch.layer_buffers:
-                self._hold(nbytes, Kind.WEIGHTS, prefix + "buffers")
+        layer = Layer(prefix.removesuffix("."), kind)
+        for spec in arch.block_of(kind):
+            self._add(layer, spec, prefix, copies)
+        for nbytes in arch.layer_buffers:
+            self._hold(nbytes, Kind.WEIGHTS, prefix + "buffers")
         return layer
 
     def _add(self, layer: Layer, spec: ModuleSpec, prefix: str, copies: int) -> None:
@@ -373,7 +440,7 @@ def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
     head = arch.head.name.rsplit(".", 1)[-1]
     known = linear | {head}
     savable = known | {arch.embedding.name.rsplit(".", 1)[-1]}
-    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.block, arch.final_norm)}
+    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.modules(), arch.final_norm)}
     savable -= linear  # a layer that is quantised or adapted cannot be saved whole
     for name in job.modules_to_save:
         if name not in savable:

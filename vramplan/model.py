@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ class Dims:
         tied: Whether input embedding and output head are one parameter.
         sliding_window: Attention span in tokens, None for full attention.
         num_sliding_layers: Layers that use the window.
+        layer_kinds: Kind of each layer where a family has several (``layer_types``); empty: one.
         dtype: dtype of the checkpoint (``torch_dtype`` of the config).
     """
 
@@ -40,8 +42,14 @@ class Dims:
     embedding_dropout: float = 0.0
     sliding_window: int | None = None
     num_sliding_layers: int = 0
+    layer_kinds: tuple[str, ...] = ()
     parallel_residual: bool = False
     dtype: Dtype = BF16
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every layer, "" where all are alike."""
+        return self.layer_kinds or ("",) * self.num_layers
 
 
 class LinearSpec(NamedTuple):
@@ -94,6 +102,7 @@ class Architecture:
     Attributes:
         embedding: Input table.
         block: Modules of one decoder layer, names relative to it, in order of registration.
+        blocks: Modules of the layers of a kind, where those of ``block`` are not theirs.
         final_norm: Norm before the head.
         head: Output head; shares the embedding's table when tied.
         layer_prefix: Path of the layers, e.g. ``model.layers``.
@@ -108,23 +117,30 @@ class Architecture:
     layer_prefix: str
     layer_buffers: tuple[int, ...] = ()
     model_buffers: tuple[int, ...] = ()
+    blocks: Mapping[str, tuple[ModuleSpec, ...]] = field(default_factory=dict)
+
+    def block_of(self, kind: str) -> tuple[ModuleSpec, ...]:
+        """Modules of a layer of that kind."""
+        return self.blocks.get(kind, self.block)
+
+    def modules(self) -> tuple[ModuleSpec, ...]:
+        """Modules of one layer of every kind."""
+        return (*self.block, *(module for block in self.blocks.values() for module in block))
 
     def num_parameters(self, dims: Dims) -> int:
         """Parameters of the model; a tied head is counted once."""
         head = self.head.num_parameters
         if dims.tied:
             head -= self.head.in_features * self.head.out_features
-        layer = sum(module.num_parameters for module in self.block)
-        return (
-            self.embedding.num_parameters
-            + dims.num_layers * layer
-            + self.final_norm.num_parameters
-            + head
+        layers = sum(
+            count * sum(module.num_parameters for module in self.block_of(kind))
+            for kind, count in Counter(dims.kinds).items()
         )
+        return self.embedding.num_parameters + layers + self.final_norm.num_parameters + head
 
     def linear_names(self) -> tuple[str, ...]:
         """Last path component of every linear layer inside a block."""
-        return tuple(m.name.rsplit(".", 1)[-1] for m in self.block if isinstance(m, LinearSpec))
+        return tuple(m.name.rsplit(".", 1)[-1] for m in self.modules() if isinstance(m, LinearSpec))
 
 
 @dataclass(frozen=True, slots=True)

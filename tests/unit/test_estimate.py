@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +12,11 @@ from hypothesis import strategies as st
 from vramplan.accuracy import rows
 from vramplan.allocator import CachingAllocator, OutOfMemory
 from vramplan.catalogue import find_model, model_from_config
-from vramplan.estimate import estimate
+from vramplan.estimate import Estimate, estimate
+from vramplan.families import llama
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
+from vramplan.layers import Run, runs_of
 from vramplan.prediction import LIMIT_MARGIN, job_for, judge, predict, usable_bytes
 from vramplan.replay import unroll
 from vramplan.resources import profiles_dir
@@ -47,6 +52,16 @@ def tiny(family: str, layers: int = 6):
         "n_head": 4,
     }
     return model_from_config(config | TINY[family], family)
+
+
+def patterned(kinds: tuple[str, ...]):
+    """A model whose layers of kind "wide" have a larger MLP than the others."""
+    model = tiny("llama", len(kinds))
+    dims = replace(model.dims, layer_kinds=kinds)
+    arch = model.architecture
+    wide = llama.architecture(replace(dims, intermediate_size=2048)).block
+    arch = replace(arch, blocks={"wide": wide})
+    return replace(model, dims=dims, architecture=arch, num_parameters=arch.num_parameters(dims))
 
 
 jobs = st.builds(
@@ -90,7 +105,10 @@ def test_books_balance(family: str, job: Job, layers: int) -> None:
 @given(family=families, job=jobs, layers=st.integers(4, 9))
 def test_folded_layers_equal_written_out_ones(family: str, job: Job, layers: int) -> None:
     """Unrolling the folded timeline gives the same peak, and every release has its allocation."""
-    walked = estimate(tiny(family, layers), job)
+    check_unrolled(estimate(tiny(family, layers), job))
+
+
+def check_unrolled(walked: Estimate) -> None:
     live = best = 0
     alive: set[int] = set()
     for identity, nbytes in unroll(walked.timeline):
@@ -103,6 +121,60 @@ def test_folded_layers_equal_written_out_ones(family: str, job: Job, layers: int
             alive.remove(identity)
     assert best == max(walked.peak_allocated_bytes, walked.load_peak_bytes)
     assert live == walked.static_bytes
+
+
+PATTERNS = (
+    "ab" * 5,  # alternating
+    "aaaaab" * 3 + "aa",  # five to one, and a remainder
+    "aaabbbbb",  # a few of one kind, then another: runs that would touch
+    "baaaaaaaa",
+    "abababaaaabbbb",
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pattern=st.sampled_from(PATTERNS), job=jobs, length=st.integers(1, 30))
+def test_folded_patterns_equal_written_out_ones(pattern: str, job: Job, length: int) -> None:
+    """Layers of several kinds: folded as unrolled, and as a walk that folds nothing."""
+    kinds = tuple({"a": "", "b": "wide"}[letter] for letter in pattern[:length])
+    model = patterned(kinds)
+    walked = estimate(model, job)
+    check_unrolled(walked)
+    peak = walked.timeline.peak()
+    assert sum(peak.by_kind.values()) == peak.nbytes == walked.peak_allocated_bytes
+    assert all(size >= 0 for size in (*peak.by_kind.values(), *peak.by_owner.values()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "vramplan.estimate.runs_of", lambda kinds, _lead: [Run((kind,), 1) for kind in kinds]
+        )
+        plain = estimate(model, job)
+    for number in (
+        "ready_bytes", "peak_allocated_bytes", "static_bytes", "optimizer_bytes", "paged_bytes",
+        "flops", "moved_bytes", "num_trainable",
+    ):  # fmt: skip
+        assert getattr(walked, number) == getattr(plain, number), number
+    assert peak.by_kind == plain.timeline.peak().by_kind
+
+
+@settings(max_examples=200, deadline=None)
+@given(kinds=st.text("abc", min_size=1, max_size=40), lead=st.integers(1, 3))
+def test_runs_are_the_layers_in_order(kinds: str, lead: int) -> None:
+    runs = runs_of(tuple(kinds), lead)
+    assert "".join("".join(run.kinds) * run.repeats for run in runs) == kinds
+    assert all(run == Run((kind,), 1) for run, kind in zip(runs, kinds[:lead], strict=False))
+    repeated = [run.repeats > 1 for run in runs]
+    assert not any(one and other for one, other in pairwise(repeated))
+
+
+def test_runs_of_known_patterns() -> None:
+    assert runs_of(("",)) == [Run(("",), 1)]
+    assert runs_of(("",) * 32) == [Run(("",), 1), Run(("",), 31)]
+    assert runs_of(("s", "f") * 13) == [
+        Run(("s",), 1), Run(("f", "s"), 12), Run(("f",), 1),
+    ]  # fmt: skip
+    five_to_one = ("s", "s", "s", "s", "s", "f") * 4 + ("s", "s")
+    period = ("s", "s", "s", "s", "f", "s")
+    assert runs_of(five_to_one) == [Run(("s",), 1), Run(period, 4), Run(("s",), 1)]
 
 
 @settings(max_examples=60, deadline=None)
