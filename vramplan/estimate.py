@@ -208,7 +208,11 @@ class Step:
             with t.repeated(copies):
                 for param in params:
                     parts, managed = optimizer.state_parts(
-                        param.numel, param.rows, param.dtype, embedding=param.embedding
+                        param.numel,
+                        param.rows,
+                        param.dtype,
+                        embedding=param.embedding,
+                        matrices=param.matrices,
                     )
                     paged += managed * copies
                     held += [
@@ -280,8 +284,9 @@ class Step:
         env.kept = None
         hidden = self.family.norm(t, built.final_norm, hidden, env)
         del position_ids
+        env.unused_mask = None
         if not self.job.gradient_checkpointing:  # nobody will run a block again
-            env.cos = env.sin = env.mask = None
+            env.cos = env.sin = env.mask = env.other_mask = None
         return hidden
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
@@ -311,7 +316,8 @@ class Step:
             t.run_backward(marks[index + 1])
             with t.repeated(self.runs[index].repeats):
                 t.run_backward(marks[index])
-        self.env.cos = self.env.sin = self.env.mask = None  # the last checkpoint held them
+        env = self.env
+        env.cos = env.sin = env.mask = env.other_mask = None  # the last checkpoint held them
         t.run_backward()
 
     def _optimizer_step(self) -> None:

@@ -87,7 +87,7 @@ def alias(x: Tensor) -> Tensor:
 class Param(Tensor):
     """A leaf: a parameter. ``copies`` identical ones exist (one per folded layer)."""
 
-    __slots__ = ("copies", "embedding", "grad", "owner", "pending", "rows", "waiting")
+    __slots__ = ("copies", "embedding", "grad", "matrices", "owner", "pending", "rows", "waiting")
 
     def __init__(
         self, storage: Storage, numel: int, dtype: Dtype, trainable: bool, owner: str, copies: int
@@ -98,6 +98,7 @@ class Param(Tensor):
         self.owner = owner
         self.copies = copies
         self.rows = 1
+        self.matrices = 1
         self.embedding = False
         self.pending: Tensor | None = None  # AccumulateGrad's input buffer
         self.waiting = 0

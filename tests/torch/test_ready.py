@@ -15,7 +15,17 @@ JOBS = {
     "qlora": Job(),
     "qlora-unprepared": Job(prepare_kbit=False),
 }
-SMALL = ("gpt-j-6b", "pythia-410m", "tinyllama-1.1b", "mistral-7b", "qwen2.5-0.5b")
+SMALL = (
+    "gpt-j-6b",
+    "gpt-oss-20b",
+    "mistral-7b",
+    "mixtral-8x7b",
+    "pythia-410m",
+    "qwen1.5-moe-a2.7b",
+    "qwen2.5-0.5b",
+    "qwen3-30b-a3b",
+    "tinyllama-1.1b",
+)
 VARIANTS = {
     "int8": Job(quant_type="int8"),
     "fp4": Job(quant_type="fp4", double_quant=False),

@@ -36,7 +36,25 @@ TINY = {
     "qwen2": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "gpt_neox": {"hidden_act": "gelu"},
     "gptj": {"rotary_dim": 8, "n_positions": 512},
+    "gpt_oss": {"head_dim": 16, "num_key_value_heads": 2, "num_local_experts": 4},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen2_moe": {
+        "num_key_value_heads": 4,
+        "num_experts": 8,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+    },
 }
+# peft gives these families' fused experts adapters under all-linear, which know no dropout
+ADAPTED_EXPERTS = {"mixtral", "qwen3_moe"}
 
 
 def tiny(family: str, layers: int = 6):
@@ -83,10 +101,18 @@ jobs = st.builds(
 families = st.sampled_from(sorted(TINY))
 
 
+def job_of(family: str, job: Job) -> Job:
+    """The job as far as the family can run it."""
+    if family == "gpt_oss":
+        job = job.but(attn_implementation="eager")
+    return job.but(lora_dropout=0.0) if family in ADAPTED_EXPERTS else job
+
+
 @settings(max_examples=150, deadline=None)
 @given(family=families, job=jobs, layers=st.integers(1, 9))
 def test_books_balance(family: str, job: Job, layers: int) -> None:
     """Whatever the job: no negative part, exact sums, everything temporary given back."""
+    job = job_of(family, job)
     walked = estimate(tiny(family, layers), job)
     peak = walked.timeline.peak()
     assert sum(peak.by_kind.values()) == peak.nbytes == sum(peak.by_owner.values())
@@ -105,7 +131,7 @@ def test_books_balance(family: str, job: Job, layers: int) -> None:
 @given(family=families, job=jobs, layers=st.integers(4, 9))
 def test_folded_layers_equal_written_out_ones(family: str, job: Job, layers: int) -> None:
     """Unrolling the folded timeline gives the same peak, and every release has its allocation."""
-    check_unrolled(estimate(tiny(family, layers), job))
+    check_unrolled(estimate(tiny(family, layers), job_of(family, job)))
 
 
 def check_unrolled(walked: Estimate) -> None:
@@ -180,6 +206,7 @@ def test_runs_of_known_patterns() -> None:
 @settings(max_examples=60, deadline=None)
 @given(family=families, job=jobs)
 def test_more_of_anything_never_takes_less(family: str, job: Job) -> None:
+    job = job_of(family, job)
     base = estimate(tiny(family), job).peak_allocated_bytes
     assert estimate(tiny(family, 8), job).peak_allocated_bytes >= base
     for change in (

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from vramplan.errors import UnknownNameError
-from vramplan.families import gpt_neox, gptj, llama, mistral, qwen2
+from vramplan.families import (
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen2_moe,
+    qwen3_moe,
+)
 from vramplan.families.common import Family
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (gptj, gpt_neox, llama, mistral, qwen2)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        gptj,
+        gpt_neox,
+        gpt_oss,
+        llama,
+        mistral,
+        mixtral,
+        qwen2,
+        qwen2_moe,
+        qwen3_moe,
+    )
 }
 
 

@@ -27,6 +27,8 @@ class Env:
         tokens: Tokens of a micro-batch, batch times length.
         cos: Rotary table [1, length, rotary_dim]; None where the model has none.
         mask: Attention mask tensor, None where the kernel masks by itself.
+        other_mask: The mask of layers of another kind, if the model has such.
+        unused_mask: A mask that the model makes for kinds of layers it does not have.
         capability: Compute capability of the card, which decides sdpa's kernel.
         kept: What the model's loop keeps of a block's result until the next block returns.
     """
@@ -40,6 +42,8 @@ class Env:
     cos: Tensor | None = None
     sin: Tensor | None = None
     mask: Tensor | None = None
+    other_mask: Tensor | None = None
+    unused_mask: Tensor | None = None
     kept: Tensor | None = None
     capability: tuple[int, int] = (9, 0)
 
@@ -75,12 +79,12 @@ class Family:
     source: str
 
 
-def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
-    """LlamaRMSNorm.forward."""
+def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env, groups: int | None = None) -> Tensor:
+    """LlamaRMSNorm.forward; ``groups`` vectors are normalised, one a token if not given."""
     outer, t.owner = t.owner, norm.owner
     dtype = x.dtype
     h = ops.to(t, x, FP32)
-    variance = ops.mean(t, ops.pow_scalar(t, h), env.tokens)
+    variance = ops.mean(t, ops.pow_scalar(t, h), groups or env.tokens)
     h = ops.mul(t, h, ops.rsqrt(t, ops.add_scalar(t, variance)))
     out = ops.mul(t, norm.weight, ops.to(t, h, dtype))
     t.owner = outer
@@ -236,13 +240,15 @@ def eager_attention(
 
 def causal_mask(t: Tape, embeds: Tensor, env: Env) -> None:
     """create_causal_mask: none for sdpa without a window, a tensor for eager attention."""
+    if env.attention == "eager" or (env.attention == "sdpa" and env.windowed):
+        env.mask = mask_tensor(t, embeds, env)
+
+
+def mask_tensor(t: Tape, embeds: Tensor, env: Env) -> Tensor:
+    """A written-out mask: what to add to the scores for eager attention, booleans for sdpa."""
     size = env.tokens * env.length
-    if env.attention == "eager":
-        allowed = t.new(size, BOOL, Kind.BATCH)
-        env.mask = t.new(size, embeds.dtype, Kind.BATCH)
-        del allowed
-    elif env.attention == "sdpa" and env.windowed:
-        env.mask = t.new(size, BOOL, Kind.BATCH)
+    allowed = t.new(size, BOOL, Kind.BATCH)
+    return t.new(size, embeds.dtype, Kind.BATCH) if env.attention == "eager" else allowed
 
 
 def rotary_prepare(t: Tape, embeds: Tensor, env: Env) -> None:

@@ -20,6 +20,7 @@ from vramplan.ops.elementwise import (
     add,
     add_scalar,
     dropout,
+    expand,
     gelu_fast,
     gelu_new,
     keep_input,
@@ -29,6 +30,8 @@ from vramplan.ops.elementwise import (
     pow_scalar,
     rsqrt,
     scale,
+    sub,
+    subtract_max,
     tanh,
 )
 from vramplan.ops.experts import (
@@ -63,6 +66,7 @@ __all__ = [
     "dropout",
     "efficient_attention",
     "embedding",
+    "expand",
     "fold_adapter",
     "fused_attention",
     "gelu_fast",
@@ -89,6 +93,8 @@ __all__ = [
     "slice_",
     "softmax",
     "split",
+    "sub",
+    "subtract_max",
     "sum_rows",
     "tanh",
     "to",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vramplan.errors import UnknownNameError
-from vramplan.formats import BOOL, FP32, Dtype
+from vramplan.formats import BOOL, FP32, INT64, Dtype
 from vramplan.ops.base import Grads, copy, promote, result_of, same_size, to
 from vramplan.tape import BackwardFn, Node, Tape, Tensor
 
@@ -65,6 +65,52 @@ def add_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         fit_grad(t, grad, a_numel, a_dtype) if a_edge is not None else None,
         fit_grad(t, grad, b_numel, b_dtype) if b_edge is not None else None,
     )
+
+
+def sub(t: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """``a - b``: keeps nothing; hands the gradient to one, its negative to the other."""
+    out = t.new(max(a.numel, b.numel), promote(a.dtype, b.dtype))
+    t.moved_bytes += a.numel * a.dtype.size + b.numel * b.dtype.size
+    if a.node is not None or b.node is not None:
+        args = (a.numel, a.dtype, b.numel, b.dtype)
+        out.node = t.node((a.node, b.node), _sub_backward, args=args)
+    return out
+
+
+def _sub_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    a_numel, a_dtype, b_numel, b_dtype = node.args
+    a_edge, b_edge = node.edges
+    gb = None
+    if b_edge is not None:
+        gb = fit_grad(t, t.new(grad.numel, grad.dtype), b_numel, b_dtype)
+    return (fit_grad(t, grad, a_numel, a_dtype) if a_edge is not None else None), gb
+
+
+def expand(t: Tape, x: Tensor, numel: int) -> Tensor:
+    """``x.expand(...)``: a view; its gradient is summed down."""
+    out = Tensor(x.storage, numel, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), _expand_backward, args=(x.numel,))
+    return out
+
+
+def _expand_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (t.new(node.args[0], grad.dtype),)
+
+
+def subtract_max(t: Tape, x: Tensor, groups: int) -> Tensor:
+    """``x - x.max(dim=-1, keepdim=True).values``: the maximum's indices are kept."""
+    node = t.node((x.node,), _max_backward, args=(x.numel,)) if x.node is not None else None
+    values = t.new(groups, x.dtype, node=node)
+    indices = t.new(groups, INT64)
+    if node is not None:
+        node.saved = t.save((indices,))
+    return sub(t, x, values)
+
+
+def _max_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.unpack(node.saved[0])
+    return (t.new(node.args[0], grad.dtype),)
 
 
 def scale(t: Tape, x: Tensor) -> Tensor:

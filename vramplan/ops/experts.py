@@ -2,8 +2,9 @@
 
 Source: torch 2.11 ``tools/autograd/derivatives.yaml``, ``torch/csrc/autograd/FunctionsManual.cpp``
 (``_grouped_mm_mat2_backward``, ``value_selecting_reduction_backward``, ``clamp_backward``),
-``aten/src/ATen/native/cuda/GroupedBlas.cpp``, ``cuda/Indexing.cu`` (``index_put_with_sort_kernel``);
-transformers 5.17.0 ``integrations/moe.py`` (``_grouped_mm_fallback``).
+``aten/src/ATen/native/cuda/GroupedBlas.cpp``, ``cuda/Indexing.cu``
+(``index_put_with_sort_kernel``); transformers 5.17.0 ``integrations/moe.py``
+(``_grouped_mm_fallback``).
 
 Known limitations:
     Temporaries of sort, topk and histc, and the grouped kernel's argument buffers (some ten KiB),
@@ -20,7 +21,7 @@ from vramplan.timeline import Kind
 
 
 def index(t: Tape, x: Tensor, indices: Tensor, width: int) -> Tensor:
-    """``x[indices]`` for rows of ``width`` elements; its gradient is dense, summed up by sorting."""
+    """``x[indices]``: rows of ``width`` elements; the gradient is dense, summed up by sorting."""
     node = None
     if x.node is not None:
         node = t.node((x.node,), _index_backward, (indices,), (x.numel, indices.numel))
@@ -108,7 +109,7 @@ def _div_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 
 def sum_rows(t: Tape, x: Tensor, numel: int) -> Tensor:
-    """``x.view(tokens, k, width).sum(dim=1)``: the gradient, expanded, is written out by the view."""
+    """``x.view(tokens, k, width).sum(dim=1)``: the view's backward writes its gradient out."""
     out = t.new(numel, x.dtype)
     if x.node is not None:
         out.node = t.node((x.node,), _sum_rows_backward, args=(x.numel,))
@@ -228,4 +229,5 @@ def _fold_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     contiguous = t.scratch(left.numel * left.dtype.size)
     del contiguous
     g_right = t.new(right.numel, grad.dtype)
+    del product
     return g_left, g_right
