@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from vramplan.measure.history import HistoryTap, _holder, _owner
+from vramplan.measure.history import HistoryTap
 from vramplan.measure.watch import Gauge, PhaseBook
+from vramplan.names import holder_of, owner_of
 from vramplan.timeline import Kind, Phase
 
 BEFORE = 10  # allocations of the process before the recording began
@@ -247,7 +248,7 @@ def test_without_a_gpu_the_timeline_is_empty() -> None:
     ],
 )
 def test_owners(name: str, owner: str) -> None:
-    assert _owner(name) == owner
+    assert owner_of(name) == owner
 
 
 @pytest.mark.parametrize(
@@ -259,4 +260,4 @@ def test_owners(name: str, owner: str) -> None:
     ],
 )
 def test_holders_of_buffers(name: str, holder: str) -> None:
-    assert _holder(name) == holder
+    assert holder_of(name) == holder

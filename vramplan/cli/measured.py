@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -14,7 +14,8 @@ from vramplan.accuracy import figures, predicted
 from vramplan.cli import output
 from vramplan.errors import RecordError
 from vramplan.record import Paging, Record, Spread
-from vramplan.timeline import Kind, Timeline, timeline_from_document
+from vramplan.terms import compare
+from vramplan.timeline import Timeline, timeline_from_document
 from vramplan.units import format_bytes, format_rate, format_seconds
 
 SCHEMA_VERSION = 1
@@ -245,15 +246,6 @@ def _known(size: int | None) -> str:
 # -- term by term ----------------------------------------------------------------------------------
 
 
-class Term(NamedTuple):
-    """Bytes of one kind and owner at the peak, predicted and measured."""
-
-    kind: str
-    owner: str
-    measured: int
-    predicted: int
-
-
 def read_timeline(path: Path) -> Timeline:
     """A recorded timeline.
 
@@ -268,17 +260,6 @@ def read_timeline(path: Path) -> Timeline:
         return timeline_from_document(json.loads(text), str(path))
     except (OSError, EOFError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read as a timeline: {error}") from None
-
-
-def terms(measured: Timeline, estimated: Timeline) -> list[Term]:
-    """Both peaks by kind and owner (any layer), the largest difference first."""
-    sides = [timeline.peak().by_kind_and_owner for timeline in (measured, estimated)]
-    keys: set[tuple[Kind, str]] = set(sides[0]) | set(sides[1])
-    found = [
-        Term(kind.value, owner, *(side.get((kind, owner), 0) for side in sides))
-        for kind, owner in keys
-    ]
-    return sorted(found, key=lambda term: (-abs(term.predicted - term.measured), term))
 
 
 def print_terms(out: Console, record: Record, path: Path) -> None:
@@ -298,7 +279,7 @@ def print_terms(out: Console, record: Record, path: Path) -> None:
         for kind in kinds
     ]
     _print_differences(out, "kind", [*rows, ("sum", peaks[0].nbytes, peaks[1].nbytes)])
-    found = terms(measured, estimated)
+    found = compare(measured, estimated)
     parts = [
         (f"{term.kind.replace('_', ' ')} of {term.owner}", term.measured, term.predicted)
         for term in found

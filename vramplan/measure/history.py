@@ -8,13 +8,13 @@ allocate anything and leave the autograd graph as it is.
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from vramplan.measure.watch import Gauge, PhaseBook
+from vramplan.names import HEADS, holder_of, owner_of
 from vramplan.timeline import Event, Kind, Phase, Section, Timeline
 from vramplan.units import round_block
 
@@ -23,7 +23,6 @@ KEPT_STEPS = 2
 SEGMENT_ACTIONS = {"segment_alloc": 1, "segment_free": -1}
 PHASES = {phase.value for phase in Phase}
 BATCH_FRAMES = ("accelerate/data_loader", "send_to_device", "_prepare_input")
-HEADS = ("lm_head", "embed_out")
 
 
 class HistoryTap:
@@ -67,13 +66,13 @@ class HistoryTap:
     def attach(self, watch: Any, trainer: Any, model: Any) -> None:
         """Follow a model's modules; label parameters, gradients and optimizer state by address."""
         for name, module in model.named_modules():
-            owner = _owner(name)
+            owner = owner_of(name)
             module.register_forward_pre_hook(self._before(owner))
             module.register_forward_hook(self._after(owner), always_call=True)
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         table = model.get_input_embeddings()
         self.decoder = next(
-            _owner(name).rpartition(".")[0] for name, m in model.named_modules() if m is table
+            owner_of(name).rpartition(".")[0] for name, m in model.named_modules() if m is table
         )
         trained = Kind.ADAPTERS if hasattr(model, "get_base_model") else Kind.WEIGHTS
 
@@ -89,7 +88,7 @@ class HistoryTap:
                 for tensor in _quant_tensors(parameter)
             )
             self._label(
-                (buffer, Kind.WEIGHTS, _holder(name)) for name, buffer in model.named_buffers()
+                (buffer, Kind.WEIGHTS, holder_of(name)) for name, buffer in model.named_buffers()
             )
 
         def update() -> None:
@@ -127,7 +126,7 @@ class HistoryTap:
 
     def _label(self, owned: Iterable[tuple[Any, Kind, str]]) -> None:
         places = {
-            tensor.untyped_storage().data_ptr(): (kind, _owner(name))
+            tensor.untyped_storage().data_ptr(): (kind, owner_of(name))
             for tensor, kind, name in owned
             if tensor is not None and tensor.is_cuda
         }
@@ -290,15 +289,6 @@ def _phase(name: str) -> Phase:
     return Phase.PREPARE if name in ("start", "train") else Phase.STEP
 
 
-def _owner(name: str) -> str:
-    """A module's or parameter's name without what peft and torch put around it."""
-    name = name.removeprefix("base_model.model.")
-    for word in (".base_layer", ".default", ".lora_A", ".lora_B", ".modules_to_save",
-                 ".original_module", ".lora_dropout"):  # fmt: skip
-        name = name.replace(word, "")
-    return name.removesuffix(".weight").removesuffix(".bias") or "model"
-
-
 def _quant_tensors(parameter: Any) -> Iterable[Any]:
     """The scales of a weight that bitsandbytes quantised."""
     state = getattr(parameter, "quant_state", None)
@@ -312,9 +302,3 @@ def _quant_tensors(parameter: Any) -> Iterable[Any]:
         *((nested.absmax, nested.code) if nested else ()),
     ]
     return [part for part in parts if torch.is_tensor(part)]
-
-
-def _holder(name: str) -> str:
-    """Who holds a buffer: its layer's buffers, or the model's."""
-    layer = re.match(r"(.*?\.\d+)\.", _owner(name))
-    return f"{layer[1]}.buffers" if layer else "buffers"

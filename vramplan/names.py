@@ -1,0 +1,22 @@
+"""Names of owners, the same in measured histories, traces and estimates."""
+
+from __future__ import annotations
+
+import re
+
+HEADS = ("lm_head", "embed_out")
+
+
+def owner_of(name: str) -> str:
+    """A module's or parameter's name without what peft and torch put around it."""
+    name = name.removeprefix("base_model.model.")
+    for word in (".base_layer", ".default", ".lora_A", ".lora_B", ".modules_to_save",
+                 ".original_module", ".lora_dropout"):  # fmt: skip
+        name = name.replace(word, "")
+    return name.removesuffix(".weight").removesuffix(".bias") or "model"
+
+
+def holder_of(name: str) -> str:
+    """Who holds a buffer: its layer's buffers, or the model's."""
+    layer = re.match(r"(.*?\.\d+)\.", owner_of(name))
+    return f"{layer[1]}.buffers" if layer else "buffers"

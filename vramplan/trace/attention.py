@@ -1,0 +1,138 @@
+"""``scaled_dot_product_attention`` as CUDA runs it: which kernel, what it allocates and keeps.
+
+Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``, ``cuda/sdp_utils.cpp``,
+``cuda/attention.cu``, ``cuda/attention_backward.cu``, ``cuda/flash_attn/flash_api.cpp``; cuDNN's
+workspace from recorded histories (as ``vramplan/ops/attention.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from vramplan.trace.tracker import Books
+
+
+def scaled_dot_product_attention(
+    func: Any,
+    books: Books,
+    capability: tuple[int, int],
+    autocast: bool,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention by the kernel that PyTorch picks on a card of this compute capability.
+
+    Args:
+        func: PyTorch's function, for what falls back to plain products.
+        books: Where workspaces are written.
+        capability: Compute capability.
+        autocast: Whether autocast is on; it casts queries, keys and values.
+        query: Queries [batch, heads, length, head_dim].
+        key: Keys.
+        value: Values.
+        attn_mask: Boolean or additive mask.
+        dropout_p: Dropout.
+        is_causal: Whether the kernel masks by itself.
+        scale: Scale of the scores.
+        enable_gqa: Whether there are fewer keys than queries.
+    """
+    if autocast:
+        dtype = torch.get_autocast_dtype("cpu")
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(dtype)
+        value, key, query = value.to(dtype), key.to(dtype), query.to(dtype)
+    grouped = query.shape[1] != key.shape[1]
+    if query.dtype not in (torch.bfloat16, torch.float16) and grouped:
+        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if half and attn_mask is None and capability >= (8, 0):
+        return Fused.apply(query, key, value, books, capability >= (9, 0))
+    if grouped:
+        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    if attn_mask is not None:
+        attn_mask = _bias(attn_mask, query)
+    return Efficient.apply(query, key, value, attn_mask, books)
+
+
+def _plain(q: Any, k: Any, v: Any, mask: Any, p: float, causal: bool, scale: float | None) -> Any:
+    """``_scaled_dot_product_attention_math``, which is written in terms of other operations."""
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        q, k, v, mask, p, causal, None, scale=scale, enable_gqa=True
+    )[0]
+
+
+def _bias(mask: Any, query: Any) -> Any:
+    """A boolean mask becomes an additive one; rows are padded to multiples of 16."""
+    if mask.dtype is torch.bool:
+        mask = torch.empty_like(mask, dtype=query.dtype)
+    if mask.shape[-1] % 16:
+        width = math.ceil(mask.shape[-1] / 16) * 16
+        mask = torch.empty((*mask.shape[:-1], width), dtype=mask.dtype)[..., : mask.shape[-1]]
+    return mask
+
+
+class Fused(torch.autograd.Function):  # type: ignore[misc]
+    """FlashAttention-2 or cuDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, books: Books, cudnn: bool) -> Any:
+        """Result, log-sum-exp and the dropout's seed and offset."""
+        batch, heads, length, _ = q.shape
+        out = torch.empty_like(q)
+        lse = torch.empty(batch, heads, length, dtype=torch.float32)
+        seed = torch.empty(1, dtype=torch.int64)
+        offset = torch.empty(1, dtype=torch.int64)
+        ctx.save_for_backward(q, k, v, out, lse, seed, offset)
+        ctx.books, ctx.cudnn = books, cudnn
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Three gradients and the kernel's workspace."""
+        q, k, v = ctx.saved_tensors[:3]
+        batch, heads, length, dim = q.shape
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        rows = batch * heads * length
+        expanded = 2 * rows * dim * q.element_size() if heads != k.shape[1] else 0
+        if ctx.cudnn:
+            sizes = [rows * dim * 4 + rows * 4 + expanded]
+        else:
+            rounded = batch * heads * (-(-length // 128) * 128)
+            wide = -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64
+            sizes = [rounded * 4, rounded * wide * 4, expanded // 2, expanded // 2]
+        with ctx.books.scratch(sizes):
+            pass
+        return dq, dk, dv, None, None
+
+
+class Efficient(torch.autograd.Function):  # type: ignore[misc]
+    """The memory-efficient kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, bias: Any, books: Books) -> Any:
+        """Result and log-sum-exp, its rows rounded up to 32."""
+        batch, heads, length, _ = q.shape
+        out = torch.empty_like(q)
+        lse = torch.empty(batch, heads, -(-length // 32) * 32, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.books = books
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Three gradients and delta."""
+        q, k, v = ctx.saved_tensors[:3]
+        batch, heads, length, _ = q.shape
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        with ctx.books.scratch([batch * heads * length * 4]):
+            pass
+        return dq, dk, dv, None, None

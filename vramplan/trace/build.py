@@ -1,0 +1,183 @@
+"""The model of a job as transformers, bitsandbytes and peft hold it: on meta, then fake.
+
+Source: transformers 5.17.0 ``modeling_utils.py``, ``quantizers/quantizer_bnb_4bit.py``; peft
+0.21.0; bitsandbytes 0.50.2 ``nn/modules.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
+
+from vramplan.job import Job
+from vramplan.units import round_block
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+META = torch.device("meta")
+QUANTISED = ("Params4bit", "Int8Params")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The libraries' warnings and progress lines are not the user's."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def build(config: Mapping[str, Any], job: Job) -> Any:
+    """The prepared model of a job, on meta.
+
+    Args:
+        config: Values of a config.json; its code, if it names any, is never run.
+        job: Method, dtype, quantisation, adapters and attention.
+    """
+    values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "auto_map")}
+    options: dict[str, Any] = {"dtype": DTYPES[job.dtype]}
+    if job.attn_implementation:
+        options["attn_implementation"] = job.attn_implementation
+    with quiet():
+        hf_config = AutoConfig.for_model(**values)
+        with META:
+            model = AutoModelForCausalLM.from_config(hf_config, **options)
+        if job.method == "qlora":
+            quantise(model, job)
+        if job.method == "full":
+            return model
+        return _with_adapters(model, job)
+
+
+def _with_adapters(model: Any, job: Job) -> Any:
+    if job.method == "qlora" and job.prepare_kbit:
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=job.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    targets = job.target_modules
+    with META:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=job.lora_r,
+                lora_alpha=2 * job.lora_r,
+                lora_dropout=job.lora_dropout,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                modules_to_save=list(job.modules_to_save) or None,
+                task_type="CAUSAL_LM",
+            ),
+        )
+
+
+def quantise(model: Any, job: Job) -> None:
+    """What from_pretrained does with a BitsAndBytesConfig, on meta."""
+    if job.quant_type == "int8":
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=job.quant_type,
+            bnb_4bit_use_double_quant=job.double_quant,
+            bnb_4bit_compute_dtype=DTYPES[job.compute_dtype.name],
+        )
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    # from_pretrained replaces modules while the default dtype is the model's
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[job.dtype])
+    try:
+        quantizer._process_model_before_weight_loading(model, device_map=None)
+    finally:
+        torch.set_default_dtype(before)
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if type(weight).__name__ in QUANTISED:
+            weight.data = torch.empty(
+                module.out_features, module.in_features, dtype=DTYPES[job.dtype], device="meta"
+            )
+            module.weight = weight._quantize(META)
+    model.is_loaded_in_4bit = job.quant_type != "int8"
+    model.is_loaded_in_8bit = job.quant_type == "int8"
+    model.is_quantized = True
+    model.hf_quantizer = quantizer
+    model.quantization_method = quantizer.quantization_config.quant_method
+
+
+def quant_tensors(parameter: Any) -> list[Any]:
+    """The scales of a weight that bitsandbytes quantised."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        parts = [getattr(parameter, "SCB", None)]
+    else:
+        nested = (state.state2.absmax, state.state2.code) if state.nested else ()
+        parts = [state.absmax, state.code, state.offset if state.nested else None, *nested]
+    return [part for part in parts if torch.is_tensor(part)]
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of every distinct tensor the model holds, each rounded as the allocator does."""
+    parameters = list(model.parameters())
+    held = [*parameters, *model.buffers(), *(s for p in parameters for s in quant_tensors(p))]
+    distinct = {id(tensor): tensor.numel() * tensor.element_size() for tensor in held}
+    return sum(map(round_block, distinct.values()))
+
+
+def make_fake(model: Any) -> None:
+    """Replace the tensors of a model on meta by fake CPU tensors; call it under FakeTensorMode.
+
+    Quantised weights become plain Parameters that carry their quantisation state.
+    """
+    made: dict[int, Any] = {}
+
+    def fake(tensor: Any) -> Any:
+        key = id(tensor)
+        if key not in made:
+            # the meta tensor is kept, or its id could come again
+            made[key] = tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return made[key][1]
+
+    parameters: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in parameters:
+                new = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
+                _carry_quantisation(module, parameter, new, fake)
+                parameters[id(parameter)] = new
+            module._parameters[name] = parameters[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+
+
+def _carry_quantisation(module: Any, old: Any, new: Any, fake: Any) -> None:
+    state = getattr(old, "quant_state", None)
+    if state is not None:
+        state = copy.copy(state)
+        state.absmax, state.code = fake(state.absmax), fake(state.code)
+        if state.nested:
+            state.offset = fake(state.offset)
+            state.state2 = copy.copy(state.state2)
+            state.state2.absmax = fake(state.state2.absmax)
+            state.state2.code = fake(state.state2.code)
+        new.quant_state = state
+        new.bnb_quantized = True
+        module.quant_state = state
+    elif getattr(old, "SCB", None) is not None:
+        new.SCB = fake(old.SCB)
+        new.CB = new.data

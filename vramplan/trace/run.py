@@ -1,0 +1,254 @@
+"""Two training steps, as transformers' Trainer runs them, on fake tensors.
+
+Source: transformers 5.17.0 ``trainer.py`` (``get_batch_samples``, ``training_step``,
+``_run_epoch``, ``create_optimizer``); accelerate 1.15.0 ``accelerator.py`` (``prepare_model``),
+``utils/operations.py`` (``convert_outputs_to_fp32``); torch ``nn/utils/clip_grad.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vramplan.estimate import (
+    CUBLAS_WORKSPACE,
+    CUBLAS_WORKSPACE_HOPPER,
+    CUBLASLT_WORKSPACE,
+    DEFAULT_CAPABILITY,
+)
+from vramplan.job import Job
+from vramplan.names import holder_of, owner_of
+from vramplan.timeline import Kind, Phase, Section, Timeline
+from vramplan.trace.build import DTYPES, build, make_fake, quant_tensors, quiet
+from vramplan.trace.optimizers import make_optimizer
+from vramplan.trace.rules import answers, corrected, hidden_bytes, sums_in_place
+from vramplan.trace.tracker import Books, Tracker, watch_modules
+
+NUM_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a trace found.
+
+    Attributes:
+        timeline: Every allocation of two steps.
+        ready_bytes: Allocated when training is about to start.
+        peak_allocated_bytes: Largest allocated in the second step.
+        paged_bytes: Optimizer state in managed memory.
+        num_trainable: Trainable parameters.
+        num_parameters: Parameters of the base model, tied ones once.
+    """
+
+    timeline: Timeline
+    ready_bytes: int
+    peak_allocated_bytes: int
+    paged_bytes: int
+    num_trainable: int
+    num_parameters: int
+
+
+def trace(
+    config: Mapping[str, Any], job: Job, *, capability: tuple[int, int] = DEFAULT_CAPABILITY
+) -> Trace:
+    """Run two steps of a job on fake tensors.
+
+    Args:
+        config: Values of a config.json; code that it may name is never run.
+        job: The job.
+        capability: Compute capability of the card that it stands for.
+
+    Returns:
+        Its timeline and numbers, in bytes.
+    """
+    return Run(config, job, capability).perform()
+
+
+class Run:
+    """One trace."""
+
+    def __init__(self, config: Mapping[str, Any], job: Job, capability: tuple[int, int]) -> None:
+        self.job, self.capability = job, capability
+        self.books = Books()
+        self.model: Any = build(config, job)
+        self.vocab_size = int(self.model.config.vocab_size)
+        self.in_loss = False
+
+    def perform(self) -> Trace:
+        """Load, then two steps."""
+        books = self.books
+        tracker = Tracker(books, hidden_bytes(self.job), answers())
+        tracker.in_place_sum = sums_in_place
+        with ExitStack() as stack:
+            stack.enter_context(quiet())
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(tracker)
+            paged = stack.enter_context(corrected(books, self.capability))
+            self._load()
+            ready = books.live_bytes
+            self._prepare()
+            start = 0
+            for _ in range(NUM_STEPS):
+                start = len(books.entries)
+                self._step()
+            books.recording = False
+        parameters = list(self.model.parameters())
+        return Trace(
+            timeline=Timeline((Section(books.events()),)),
+            ready_bytes=ready,
+            peak_allocated_bytes=self._peak_from(start),
+            paged_bytes=paged.nbytes,
+            num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            num_parameters=self.num_parameters,
+        )
+
+    def _peak_from(self, start: int) -> int:
+        live = top = 0
+        for index, (block, sign, _phase) in enumerate(self.books.entries):
+            live += sign * block.nbytes
+            if index >= start:
+                top = max(top, live)
+        return top
+
+    # -- before training -------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        model = self.model
+        make_fake(model)
+        trained = Kind.ADAPTERS if self.job.method != "full" else Kind.WEIGHTS
+        named = list(model.named_parameters())
+        self.num_parameters = _base_parameters(named)
+        label = self.books.label
+        label((p, trained if p.requires_grad else Kind.WEIGHTS, owner_of(n)) for n, p in named)
+        label((t, Kind.WEIGHTS, owner_of(n)) for n, p in named for t in quant_tensors(p))
+        label((b, Kind.WEIGHTS, holder_of(n)) for n, b in model.named_buffers())
+
+    def _prepare(self) -> None:
+        books, job, model = self.books, self.job, self.model
+        books.phase = Phase.PREPARE
+        self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self._workspaces()
+        if job.gradient_checkpointing:
+            model.gradient_checkpointing_enable(
+                # no random numbers here: their state stays on the host
+                gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
+            )
+        model.train()
+        watch_modules(books, model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        loss_function = base.loss_function
+
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            books.enter_phase(Phase.LOSS)
+            return loss_function(*args, **kwargs)
+
+        base.loss_function = loss
+        if job.autocast_dtype is not None:
+            autocast = torch.autocast("cpu", dtype=DTYPES[job.autocast_dtype.name])
+            model.forward = convert_outputs_to_fp32(autocast(model.forward))
+        self.optimizer = make_optimizer(model, job)
+
+    def _workspaces(self) -> None:
+        """CuBLAS's, one a thread; cuBLASLt's for threads that run a linear layer with a bias."""
+        hopper = self.capability[0] == 9
+        size = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
+        for _ in range(2):
+            self.books.allocate(size, Kind.WORKSPACE, "cublas")
+        for _ in range(self._num_cublaslt_threads()):
+            self.books.allocate(CUBLASLT_WORKSPACE, Kind.WORKSPACE, "cublas")
+
+    def _num_cublaslt_threads(self) -> int:
+        head = self.model.get_output_embeddings()
+        biased = [
+            module
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            and module.bias is not None
+            and module is not head
+            and type(module).__name__ != "Linear8bitLt"
+        ]
+        in_head = head is not None and getattr(head, "bias", None) is not None
+        recomputed = bool(biased) and self.job.gradient_checkpointing
+        return int(bool(biased) or in_head) + int(recomputed)
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Trainer's inner loop."""
+        self.books.enter_phase(Phase.FORWARD)
+        steps = self.job.gradient_accumulation_steps
+        batches = [self._batch() for _ in range(steps)]
+        num_items = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches)
+        for batch in batches:
+            self._training_step(batch, num_items)
+        self._update()
+
+    def _batch(self) -> dict[str, Any]:
+        shape = (self.job.batch_size, self.job.seq_len)
+        names = ("input_ids", "attention_mask", "labels")
+        return {name: torch.empty(shape, dtype=torch.int64) for name in names}
+
+    def _training_step(self, inputs: dict[str, Any], num_items: Any) -> Any:
+        """Trainer.training_step."""
+        self.books.enter_phase(Phase.FORWARD)
+        loss = self._compute_loss(inputs, num_items)
+        self.books.enter_phase(Phase.BACKWARD)
+        run_backward(loss)
+        self.books.enter_phase(Phase.STEP)
+        return loss.detach()
+
+    def _compute_loss(self, inputs: dict[str, Any], num_items: Any) -> Any:
+        """Trainer.compute_loss; the outputs go when it returns."""
+        outputs = self.model(**inputs, num_items_in_batch=num_items)
+        return outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+
+    def _update(self) -> None:
+        """Clip, step, zero_grad."""
+        books = self.books
+        parameters = list(self.model.parameters())
+        books.label((p.grad, Kind.GRADIENTS, owner_of(n)) for n, p in self.trained)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        self._label_state()
+        self.model.zero_grad()
+
+    def _label_state(self) -> None:
+        names = {id(p): owner_of(n) for n, p in self.trained}
+        shared = self.job.optimizer
+        for p, state in self.optimizer.state.items():
+            for key, value in state.items():
+                if not torch.is_tensor(value):
+                    continue
+                if key == "step" and not shared.step_on_device:
+                    self.books.forget(value)
+                    continue
+                owner = "optimizer" if key.startswith("qmap") else names[id(p)]
+                self.books.label([(value, Kind.OPTIMIZER, owner)])
+
+
+def run_backward(loss: Any) -> None:
+    """torch.autograd.backward, whose own wrapper would switch function modes off.
+
+    Source: torch 2.13 ``autograd/__init__.py``.
+    """
+    ones = torch.ones_like(loss, memory_format=torch.preserve_format)
+    torch.autograd.graph._engine_run_backward(
+        (loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def _base_parameters(named: list[tuple[str, Any]]) -> int:
+    """Parameters of the model itself, quantised ones at their true number."""
+    total = 0
+    for name, parameter in named:
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else parameter.numel()
+    return total

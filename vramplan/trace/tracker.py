@@ -1,0 +1,249 @@
+"""Counts storages: every block that an operation makes, until its last reference goes.
+
+Source: the technique of torch 2.13 ``distributed/_tools/mem_tracker.py`` (a dispatch mode sees the
+outputs of every operation, weak references on their storages see them go). Owners come from module
+hooks; in backward from the node at work, whose sequence number says in which module it was made.
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vramplan.names import HEADS, owner_of
+from vramplan.timeline import Event, Kind, Phase
+from vramplan.units import round_block
+
+Hidden = Callable[[tuple[Any, ...], dict[str, Any]], list[int]]
+
+
+class Block:
+    """One block of device memory; what it is for may become known only later."""
+
+    __slots__ = ("kind", "nbytes", "number", "owner")
+
+    def __init__(self, number: int, nbytes: int, kind: Kind, owner: str) -> None:
+        self.number, self.nbytes, self.kind, self.owner = number, nbytes, kind, owner
+
+
+class Books:
+    """Blocks and where the run is.
+
+    Attributes:
+        phase: Where the run is.
+        entries: (block, sign, phase) in the order of the run.
+        live_bytes: Held now.
+    """
+
+    def __init__(self) -> None:
+        self.phase = Phase.LOAD
+        self.entries: list[tuple[Block, int, Phase]] = []
+        self.live_bytes = 0
+        self.stack: list[str] = []
+        self.decoder = ""
+        self.recording = True
+        self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}
+        self._made_at: list[int] = []  # autograd sequence numbers at which the owner changed
+        self._makers: list[tuple[str, Phase]] = []
+        self._count = 0
+
+    # -- blocks ----------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int, kind: Kind, owner: str) -> Block:
+        """Write an allocation."""
+        self._count += 1
+        block = Block(self._count, round_block(nbytes), kind, owner)
+        self.entries.append((block, 1, self.phase))
+        self.live_bytes += block.nbytes
+        return block
+
+    def release(self, block: Block) -> None:
+        """Write a release."""
+        if self.recording:
+            self.entries.append((block, -1, self.phase))
+            self.live_bytes -= block.nbytes
+
+    def follow(self, storage: Any, block: Block) -> None:
+        """Release the block when the storage goes."""
+        key = id(storage)
+
+        def gone(_reference: Any) -> None:
+            del self._blocks[key]
+            self.release(block)
+
+        self._blocks[key] = weakref.ref(storage, gone), block
+
+    def block_of(self, tensor: Any) -> Block | None:
+        """The block under a tensor, None if it was never counted."""
+        entry = self._blocks.get(id(tensor.untyped_storage()))
+        return entry[1] if entry else None
+
+    def hand_over(self, old: Any, new: Any) -> None:
+        """The result of an operation that CUDA runs in place: ``new`` takes old's block."""
+        storage = old.untyped_storage()
+        entry = self._blocks.pop(id(storage), None)
+        if entry is not None:
+            self.follow(new.untyped_storage(), entry[1])
+
+    def forget(self, tensor: Any) -> None:
+        """A tensor that lies outside the device: its allocation never happened."""
+        storage = tensor.untyped_storage()
+        entry = self._blocks.pop(id(storage), None)
+        if entry is not None:
+            block = entry[1]
+            self.entries = [item for item in self.entries if item[0] is not block]
+            self.live_bytes -= block.nbytes
+
+    def label(self, owned: Iterable[tuple[Any, Kind, str]]) -> None:
+        """Say what the blocks under these tensors are for."""
+        for tensor, kind, owner in owned:
+            block = self.block_of(tensor) if tensor is not None else None
+            if block is not None:
+                block.kind, block.owner = kind, owner
+
+    @contextmanager
+    def scratch(self, sizes: list[int]) -> Iterator[None]:
+        """Blocks that a kernel takes for itself."""
+        owner = self.place()[1]
+        held = [self.allocate(nbytes, Kind.WORKSPACE, owner) for nbytes in sizes if nbytes]
+        yield
+        for block in held:
+            self.release(block)
+
+    # -- whose it is -----------------------------------------------------------------------------
+
+    def enter_module(self, owner: str) -> None:
+        """A module's forward begins."""
+        self.stack.append(owner)
+        self._mark()
+
+    def leave_module(self) -> None:
+        """It ends."""
+        if self.stack:
+            self.stack.pop()
+        self._mark()
+
+    def enter_phase(self, phase: Phase) -> None:
+        """Another part of the run begins."""
+        self.phase = phase
+        if phase in (Phase.BACKWARD, Phase.STEP):
+            self.stack.clear()
+        self._mark()
+
+    def _mark(self) -> None:
+        """Autograd nodes made from now on belong to the module now at work."""
+        owner = "loss" if self.phase is Phase.LOSS else self.stack[-1] if self.stack else ""
+        self._made_at.append(torch._C._autograd._get_sequence_nr())
+        self._makers.append((owner, self.phase))
+
+    def _maker(self, node: Any) -> tuple[str, Phase]:
+        """Module and phase in which an autograd node was made."""
+        index = bisect.bisect_right(self._made_at, node._sequence_nr()) - 1
+        return self._makers[index] if index >= 0 else ("", Phase.BACKWARD)
+
+    def place(self) -> tuple[Kind, str]:
+        """What a block made now is for, and whose it is."""
+        if self.phase is Phase.STEP:
+            return Kind.WORKSPACE, "optimizer"
+        if self.phase is Phase.LOSS:
+            return Kind.LOGITS, "loss"
+        if self.stack:
+            return _in_module(self.stack[-1], self.decoder)
+        if self.phase is not Phase.BACKWARD:
+            return Kind.BATCH, "batch"
+        node = torch._C._current_autograd_node()
+        owner, phase = self._maker(node) if node is not None else ("loss", Phase.LOSS)
+        if phase is Phase.LOSS or not owner:
+            return Kind.LOGITS, "loss"
+        return (Kind.LOGITS if owner.endswith(HEADS) else Kind.ACTIVATION_GRADIENTS), owner
+
+    def events(self) -> tuple[Event, ...]:
+        """Everything written so far."""
+        return tuple(
+            Event(block.number, sign * block.nbytes, block.kind, block.owner, phase)
+            for block, sign, phase in self.entries
+        )
+
+
+def _in_module(owner: str, decoder: str) -> tuple[Kind, str]:
+    """What a module's forward makes."""
+    if owner.endswith(HEADS):
+        return Kind.LOGITS, owner
+    if owner == decoder:  # positions and masks
+        return Kind.BATCH, owner
+    return Kind.ACTIVATIONS, owner
+
+
+class Tracker(TorchDispatchMode):  # type: ignore[misc]
+    """Sees every operation's outputs.
+
+    Args:
+        books: Where blocks are written.
+        hidden: Operation -> what its CUDA kernel takes for itself while it runs, in bytes.
+        answers: Operation -> an answer that depends on contents, which fake tensors lack.
+    """
+
+    def __init__(
+        self, books: Books, hidden: dict[Any, Hidden], answers: dict[Any, Callable[..., Any]]
+    ) -> None:
+        super().__init__()
+        self.books, self.hidden, self.answers = books, hidden, answers
+        self.in_place_sum: Callable[..., bool] = lambda *_: False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and write what it allocates."""
+        kwargs = kwargs or {}
+        answer = self.answers.get(func)
+        if answer is not None:
+            return answer(*args, **kwargs)
+        hidden = self.hidden.get(func)
+        if hidden is not None:
+            with self.books.scratch(hidden(args, kwargs)):
+                return self._count(func, args, func(*args, **kwargs))
+        if self.books.phase is Phase.BACKWARD and self.in_place_sum(func, args, kwargs):
+            out = func(*args, **kwargs)
+            self.books.hand_over(args[0], out)
+            return out
+        return self._count(func, args, func(*args, **kwargs))
+
+    def _count(self, func: Any, args: Any, out: Any) -> Any:
+        books = self.books
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or books.block_of(tensor) is not None:
+                continue
+            storage = tensor.untyped_storage()
+            nbytes = storage.nbytes()
+            if nbytes and books.recording:
+                kind, owner = self._meaning(func, args)
+                books.follow(storage, books.allocate(nbytes, kind, owner))
+        return out
+
+    def _meaning(self, func: Any, args: Any) -> tuple[Kind, str]:
+        """Dequantised weights are workspace, whatever they are cast to."""
+        kind, owner = self.books.place()
+        if func.namespace == "bitsandbytes" and "dequantize" in func._schema.name:
+            return Kind.WORKSPACE, owner
+        if func is torch.ops.aten._to_copy.default:
+            source = self.books.block_of(args[0])
+            if source is not None and source.kind is Kind.WORKSPACE:
+                return Kind.WORKSPACE, owner
+        return kind, owner
+
+
+def watch_modules(books: Books, model: Any) -> None:
+    """Note which module is at work, as ``vramplan measure --history`` does."""
+    for name, module in model.named_modules():
+        owner = owner_of(name)
+        module.register_forward_pre_hook(lambda *_, owner=owner: books.enter_module(owner))
+        module.register_forward_hook(lambda *_: books.leave_module(), always_call=True)
+    table = model.get_input_embeddings()
+    books.decoder = next(
+        owner_of(name).rpartition(".")[0] for name, m in model.named_modules() if m is table
+    )
