@@ -13,7 +13,7 @@ Known limitations:
 
 from __future__ import annotations
 
-from vramplan.formats import BOOL, INT64
+from vramplan.formats import BOOL, FP32, INT64
 from vramplan.ops.base import Grads, leaf_grad, same_size, to
 from vramplan.ops.elementwise import add_backward, fit_grad, tanh
 from vramplan.tape import Node, Param, Tape, Tensor, alias
@@ -109,15 +109,19 @@ def _div_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 
 def sum_rows(t: Tape, x: Tensor, numel: int) -> Tensor:
-    """``x.view(tokens, k, width).sum(dim=1)``: the view's backward writes its gradient out."""
-    out = t.new(numel, x.dtype)
+    """``x.view(tokens, k, width).sum(dim=1)``, in fp32 under autocast.
+
+    Its gradient, expanded, is written out by the view's backward or by the cast before it.
+    """
+    out = t.new(numel, x.dtype if t.autocast is None else FP32)
     if x.node is not None:
-        out.node = t.node((x.node,), _sum_rows_backward, args=(x.numel,))
+        out.node = t.node((x.node,), _sum_rows_backward, args=(x.numel, x.dtype))
     return out
 
 
 def _sum_rows_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
-    return (t.new(node.args[0], grad.dtype),)
+    numel, dtype = node.args
+    return (t.new(numel, dtype),)
 
 
 sigmoid = tanh  # keeps its result, too

@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._meta_registrations as meta
 import transformers.utils.import_utils as hf_imports
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.optim import optimizer as bnb_optimizer
@@ -53,6 +54,8 @@ RULES = {
     "(bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback)",
     "sorted embedding": "embedding_dense_backward sorts its indices above 3072 of them "
     "(aten/src/ATen/native/cuda/Embedding.cu)",
+    "grouped product": "fp32 and fp16 operands fall back to a loop on CUDA; the meta kernel refuses "
+    "them (aten/src/ATen/native/cuda/GroupedBlas.cpp, torch/_meta_registrations.py)",
     "foreach norm": "partial sums of the norms of all gradients "
     "(aten/src/ATen/native/cuda/ForeachReduceOp.cu)",
     "foreach by default": "torch's optimizers and clip_grad_norm_ pick foreach on CUDA, loops on "
@@ -261,9 +264,16 @@ def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]
     def nothing(*_args: Any, **_kwargs: Any) -> None:
         return None
 
+    def grouped_mm(
+        a: Any, b: Any, *, scale_a: Any, scale_b: Any, offs: Any, bias: Any, scale_result: Any,
+        out_dtype: Any,
+    ) -> Any:  # fmt: skip
+        return meta._create_grouped_mm_output_tensor(a, b, offs, out_dtype)
+
     with ExitStack() as stack:
         for where, name, value in (
             (torch, "is_autocast_enabled", is_autocast_enabled),
+            (meta, "_meta_grouped_mm_common", grouped_mm),
             (hf_imports, "is_fake_tensor", lambda _x: False),
             (bnb_optimizer.Optimizer8bit, "get_state_buffer", get_state_buffer),
             (bnb_optimizer, "sync_gpu", nothing),
