@@ -139,6 +139,7 @@ class Run:
                 # no random numbers here: their state stays on the host
                 gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
             )
+        model.config.use_cache = False  # Trainer.train sets it to TrainingArguments.use_cache
         model.train()
         watch_modules(books, model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -207,7 +207,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         if hidden is not None:
             with self.books.scratch(hidden(args, kwargs)):
                 return self._count(func, args, func(*args, **kwargs))
-        if self.books.phase is Phase.BACKWARD and self.in_place_sum(func, args, kwargs):
+        # a module at work in backward is being recomputed: its sums are its own
+        engine = self.books.phase is Phase.BACKWARD and not self.books.stack
+        if engine and self.in_place_sum(func, args, kwargs):
             out = func(*args, **kwargs)
             self.books.hand_over(args[0], out)
             return out
