@@ -312,6 +312,19 @@ class Tape:
         assert value is not None, "a saved tensor was not recomputed"
         return value
 
+    def drop_recomputed(self, node: Node) -> None:
+        """A node's formula is through; what checkpointing recomputed for it goes.
+
+        Checkpointing's unpack hook hands a tensor over and keeps nothing, so it goes before the
+        engine casts and sums the gradients (validate_outputs). What was saved without checkpointing
+        stays until after that.
+
+        Source: torch 2.11 ``torch/utils/checkpoint.py`` (``unpack_hook``).
+        """
+        for saved in node.saved:
+            if type(saved) is Holder:
+                saved.value = None
+
     def _recompute(self, frame: Frame) -> None:
         outer = self.owner, self.kind, self._in_autocast
         self.kind = Kind.ACTIVATIONS

@@ -40,6 +40,7 @@ def _mul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         ga = t.new(grad.numel, promote(grad.dtype, b_dtype))
     if b_edge is not None:
         gb = t.new(grad.numel, promote(grad.dtype, a_dtype))
+    t.drop_recomputed(node)
     if ga is not None:
         ga = fit_grad(t, ga, a_numel, a_dtype)
     if gb is not None:

@@ -105,6 +105,7 @@ def _div_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     of_total = t.new(x.numel, x.dtype)
     del quotients
     of_x = t.new(x.numel, x.dtype)
+    t.drop_recomputed(node)
     return of_x, fit_grad(t, of_total, total.numel, total.dtype)
 
 
