@@ -314,6 +314,8 @@ class Step:
         marks = self.marks
         for index in reversed(range(len(self.runs))):
             t.run_backward(marks[index + 1])
+            if index == 0:  # no layer of another kind than the first's is left
+                self.env.other_mask = None
             with t.repeated(self.runs[index].repeats):
                 t.run_backward(marks[index])
         env = self.env

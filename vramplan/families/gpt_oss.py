@@ -50,7 +50,29 @@ def read(c: ConfigReader) -> Dims:
         num_experts=count,
         num_experts_per_tok=chosen,
         moe_intermediate_size=dims.intermediate_size,
+        layer_kinds=layer_types(c, dims.num_layers),
     )
+
+
+def layer_types(c: ConfigReader, num_layers: int) -> tuple[str, ...]:
+    """The kind of every layer; sliding and full ones alternate where the config does not say.
+
+    Raises:
+        ConfigError: If layer_types does not name the kind of every layer.
+    """
+    kinds = c.values.get("layer_types")
+    if kinds is None:
+        return tuple(("sliding_attention", "full_attention")[i % 2] for i in range(num_layers))
+    known = {"sliding_attention", "full_attention"}
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not all(isinstance(kind, str) and kind in known for kind in kinds)
+    ):
+        raise c.fail(
+            "layer_types", f"must name {num_layers} layers, each " + " or ".join(sorted(known))
+        )
+    return tuple(kinds)
 
 
 def architecture(d: Dims) -> Architecture:
@@ -88,7 +110,11 @@ def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
 def prepare(t: Tape, embeds: Tensor, env: Env) -> None:
     """A mask for full and one for sliding layers; cos and sin for half a head."""
     env.mask = mask_tensor(t, embeds, env)
-    env.other_mask = mask_tensor(t, embeds, env)
+    other = mask_tensor(t, embeds, env)
+    if len(set(env.dims.kinds)) > 1:
+        env.other_mask = other
+    else:
+        env.unused_mask = other
     t.owner += ".rotary_emb"
     half = env.length * env.dims.rotary_dim // 2
     freqs = t.new(half, FP32)
