@@ -21,7 +21,7 @@ from vramplan.formats import FP32, INT64
 from vramplan.job import Job
 from vramplan.layers import Built, Layer, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import Storage, Tape, Tensor
+from vramplan.tape import Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
@@ -163,11 +163,7 @@ class Step:
         t.phase = Phase.PREPARE
         self.built.cast_biases()
         optimizer_bytes, paged, self.optimizer = self._optimizer_state()
-        lt = [CUBLASLT_WORKSPACE] * num_cublaslt_threads(self.model, self.job)
-        self.workspaces = [
-            Storage(t, nbytes, Kind.WORKSPACE, "cublas")
-            for nbytes in (self.workspace_bytes, self.workspace_bytes, *lt)  # one a thread
-        ]
+        self.workspaces = self._workspaces()
         static = t.live_bytes
         before = t.peak_bytes
         t.peak_bytes = 0
@@ -220,6 +216,20 @@ class Step:
                     ]
         return t.live_bytes - start, paged, held
 
+    def _workspaces(self) -> list[Storage]:
+        """What cuBLAS and cuBLASLt hold for the thread of the forward and that of the backward."""
+        held = []
+        threads = num_cublaslt_threads(self.model, self.job)
+        for library, nbytes, count in (
+            ("cublas", self.workspace_bytes, 2),
+            ("cublaslt", CUBLASLT_WORKSPACE, threads),
+        ):
+            for backward in (False, True)[:count]:
+                storage = Storage(self.tape, nbytes, Kind.WORKSPACE, "cublas")
+                self.tape.await_use(library, backward=backward, block=storage.block)
+                held.append(storage)
+        return held
+
     def _batch(self) -> list[Tensor]:
         """input_ids, attention_mask and labels, as the data loader moves them to the device."""
         t = self.tape
@@ -258,7 +268,7 @@ class Step:
         self.marks.append(t.position)
         t.kind = Kind.LOGITS
         t.phase = Phase.LOSS
-        logits = self.built.head(t, hidden)
+        logits = self.family.head(t, self.built.head, hidden, self.env)
         t.owner = "loss"
         return self._loss(logits), logits
 
@@ -270,11 +280,10 @@ class Step:
         t.owner = name
         position_ids = t.new(env.length, INT64, Kind.BATCH)
         t.owner = spec.name
-        embeds = ops.embedding(t, built.embedding.weight, env.tokens, spec.width)
-        embeds = ops.dropout(t, embeds, env.dims.embedding_dropout)
+        embeds = self.family.embed(t, built.embedding, env)
+        hidden = ops.dropout(t, embeds, env.dims.embedding_dropout)
         t.owner = name
         self.family.prepare(t, embeds, env)
-        hidden = embeds
         self.marks = [t.position]
         for layers, run in zip(built.layers, self.runs, strict=True):
             with t.repeated(run.repeats):
@@ -283,10 +292,11 @@ class Step:
             self.marks.append(t.position)
         env.kept = None
         hidden = self.family.norm(t, built.final_norm, hidden, env)
-        del position_ids
-        env.unused_mask = None
+        del position_ids, embeds  # the model's forward holds both to its end
         if not self.job.gradient_checkpointing:  # nobody will run a block again
-            env.cos = env.sin = env.mask = env.other_mask = None
+            env.keep(())
+        else:
+            env.keep(env.dims.kinds)
         return hidden
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
@@ -294,6 +304,7 @@ class Step:
 
         def run() -> Tensor:
             t.owner = layer.name
+            env.use(layer.kind)
             return block(t, layer, hidden, env)
 
         return t.checkpoint(run) if self.job.gradient_checkpointing else run()
@@ -314,12 +325,10 @@ class Step:
         marks = self.marks
         for index in reversed(range(len(self.runs))):
             t.run_backward(marks[index + 1])
-            if index == 0:  # no layer of another kind than the first's is left
-                self.env.other_mask = None
             with t.repeated(self.runs[index].repeats):
                 t.run_backward(marks[index])
-        env = self.env
-        env.cos = env.sin = env.mask = env.other_mask = None  # the last checkpoint held them
+            # the checkpoints of the layers still to come hold theirs
+            self.env.keep([kind for run in self.runs[:index] for kind in run.kinds])
         t.run_backward()
 
     def _optimizer_step(self) -> None:
@@ -331,15 +340,25 @@ class Step:
         count = sum(p.copies for p in trainable)
         norms = Storage(t, BLOCK_BYTES * count, Kind.WORKSPACE, "clip_grad_norm")
         del norms
-        optimizer = self.job.optimizer
-        held: list[Storage] = []
-        if optimizer.loop_temporaries and trainable:
-            trainable = sorted(trainable, key=lambda p: -p.numel)[:1]
-        for param in trainable:
-            copies = 1 if optimizer.loop_temporaries else param.copies
-            held += [
-                Storage(t, nbytes, Kind.WORKSPACE, "optimizer", copies)
-                for nbytes in optimizer.step_temporaries(param.numel, param.dtype)
-            ]
-        held.clear()
+        self._update(trainable)
         t.zero_grad(self.built.trainable)
+
+    def _update(self, trainable: list[Param]) -> None:
+        """The temporaries of the optimizer's step."""
+        t, optimizer = self.tape, self.job.optimizer
+        if optimizer.loop_temporaries:  # one parameter after another: the largest decides
+            for param in sorted(trainable, key=lambda p: -p.numel)[:1]:
+                sizes = optimizer.step_temporaries(param.numel, param.dtype)
+                held = [Storage(t, nbytes, Kind.WORKSPACE, "optimizer") for nbytes in sizes]
+                del held
+            return
+        made: list[tuple[int, Storage]] = []
+        for copies, params in groupby(trainable, key=lambda p: p.copies):
+            with t.repeated(copies):  # in the order of the parameters, layer after layer
+                made += [
+                    (copies, Storage(t, nbytes, Kind.WORKSPACE, "optimizer"))
+                    for param in params
+                    for nbytes in optimizer.step_temporaries(param.numel, param.dtype)
+                ]
+        for copies, storage in made:  # all live until the last
+            storage.copies = copies

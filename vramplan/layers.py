@@ -13,7 +13,7 @@ Source: transformers 5.17 ``integrations/bitsandbytes.py``; peft 0.21 ``tuners/l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,7 +80,10 @@ class Linear:
             return ops.matmul_8bit(t, x, rows, columns)
         dtype = x.dtype
         x = ops.to(t, x, self.compute)
-        return ops.to(t, ops.matmul_4bit(t, x, rows, columns, self.dequantised, self.stored), dtype)
+        out = ops.matmul_4bit(
+            t, x, rows, columns, self.dequantised, self.stored, biased=self.bias is not None
+        )
+        return ops.to(t, out, dtype)
 
     def _lora(self, t: Tape, x: Tensor, adapter: Adapter) -> Tensor:
         result = self._base(t, x)
@@ -273,6 +276,59 @@ class Built:
             self._hold(nbytes, Kind.WEIGHTS, "buffers")
         if self._to_cast:
             self._cast_to_fp32()
+        self._add_adapters()
+
+    def _add_adapters(self) -> None:
+        """get_peft_model, once the model is loaded and prepared.
+
+        Adapters come to the device in the dtype of a layer that is not quantised; when all are
+        there, peft makes them fp32 one after another.
+
+        Source: peft 0.21 ``tuners/tuners_utils.py`` (``_move_adapter_to_device_of_base_layer``,
+        ``cast_adapter_dtype``).
+        """
+        self.t.phase = Phase.PREPARE
+        made: list[tuple[int, list[Param]]] = []
+        for run, layers in zip(self.runs, self.layers, strict=True):
+            with self.t.repeated(run.repeats):
+                linears = [linear for layer in layers for linear in layer.linears.values()]
+                params = self._adapt(linears, run.repeats)
+                for layer in layers:
+                    params += self._adapt_parameters(layer.parameters.values(), run.repeats)
+                made.append((run.repeats, params))
+        made.append((1, self._adapt([self.head], 1)))
+        for repeats, params in made:
+            with self.t.repeated(repeats):
+                for param in params:
+                    nbytes = round_block(param.numel * param.dtype.size)
+                    if param.storage is not None and param.storage.nbytes != nbytes:
+                        param.storage = Storage(self.t, nbytes, Kind.ADAPTERS, param.owner)
+
+    def _adapt(self, linears: Iterable[Linear], copies: int) -> list[Param]:
+        """LoRA matrices for those that are targets; the two of each, in order."""
+        r, made = self.job.lora_r, []
+        for linear in linears:
+            rows, columns = linear.spec.out_features, linear.spec.in_features
+            if linear.spec.name.rsplit(".", 1)[-1] in self.targets:
+                a = self._adapter_param(r * columns, r, linear.owner, copies)
+                b = self._adapter_param(rows * r, rows, linear.owner, copies)
+                linear.adapter = Adapter(a, b, r, self.job.lora_dropout)
+                made += [a, b]
+        return made
+
+    def _adapt_parameters(self, parameters: Iterable[Parameter], copies: int) -> list[Param]:
+        """The same for bare parameters: one pair of matrices for all experts together."""
+        made = []
+        for parameter in parameters:
+            spec = parameter.spec
+            if spec.name in self.parameter_targets:
+                rows, columns = spec.shape[-2:]
+                r = self.job.lora_r * len(spec.targets) * spec.num_experts
+                a = self._adapter_param(r * columns, r, parameter.owner, copies)
+                b = self._adapter_param(rows * r, rows, parameter.owner, copies)
+                parameter.adapter = Adapter(a, b, r, 0.0)
+                made += [a, b]
+        return made
 
     def _cast_to_fp32(self) -> None:
         """prepare_model_for_kbit_training: one parameter after another, then empty_cache.
@@ -324,7 +380,8 @@ class Built:
             trainable = self.job.method == "full"
         loaded = self.job.weight_dtype
         cast = kind is Kind.WEIGHTS and dtype is not loaded and copies == 1
-        size = loaded.size if cast else dtype.size
+        moved = kind is Kind.ADAPTERS and not self.job.quantised  # cast by peft when all are there
+        size = loaded.size if cast or moved else dtype.size
         storage = Storage(self.t, round_block(numel * size), kind, owner)
         param = Param(storage, numel, dtype, trainable, owner, copies)
         if cast:
@@ -349,8 +406,11 @@ class Built:
     def _embedding(self, spec: EmbeddingSpec) -> Embedding:
         numel = spec.num_parameters
         weight = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
-        if self._saved_copy(spec.name):
+        saved = self._saved_copy(spec.name)
+        if saved:
             weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1, saved=True)
+        for nbytes in spec.buffers * (1 + saved):  # the copy is one of the whole module
+            self._hold(nbytes, Kind.WEIGHTS, spec.name)
         weight.embedding = True
         return Embedding(spec, spec.name, weight)
 
@@ -366,7 +426,7 @@ class Built:
     def _adapter_param(
         self, numel: int, rows: int, owner: str, copies: int, *, saved: bool = False
     ) -> Param:
-        """A LoRA matrix (fp32), or a modules_to_save copy (in the dtype of the original)."""
+        """A LoRA matrix (fp32 in the end), or a modules_to_save copy (in the original's dtype)."""
         return self._param(
             numel,
             rows,
@@ -380,7 +440,6 @@ class Built:
     def _linear(self, spec: LinearSpec, prefix: str, copies: int) -> Linear:
         job = self.job
         owner = prefix + spec.name
-        last = spec.name.rsplit(".", 1)[-1]
         rows, columns = spec.out_features, spec.in_features
         if job.quantised:
             layer = self._quantised(spec, owner, copies)
@@ -388,13 +447,6 @@ class Built:
             weight = self._param(rows * columns, rows, self.plain_dtype, owner, copies)
             bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
             layer = Linear(spec, owner, weight, bias)
-        if last in self.targets:
-            layer.adapter = Adapter(
-                self._adapter_param(job.lora_r * columns, job.lora_r, owner, copies),
-                self._adapter_param(rows * job.lora_r, rows, owner, copies),
-                job.lora_r,
-                job.lora_dropout,
-            )
         return layer
 
     def _parameter(self, spec: ParameterSpec, prefix: str, copies: int) -> Parameter:
@@ -404,16 +456,7 @@ class Built:
         first = experts * rows  # as a matrix of all experts' rows
         weight = self._param(spec.num_parameters, first, self.plain_dtype, owner, copies)
         weight.matrices = experts
-        made = Parameter(spec, owner, weight)
-        if spec.name in self.parameter_targets:
-            r = job.lora_r * len(spec.targets) * experts
-            made.adapter = Adapter(
-                self._adapter_param(r * columns, r, owner, copies),
-                self._adapter_param(rows * r, rows, owner, copies),
-                r,
-                0.0,
-            )
-        return made
+        return Parameter(spec, owner, weight)
 
     def _quantised(self, spec: LinearSpec, owner: str, copies: int) -> Linear:
         job = self.job
@@ -421,10 +464,16 @@ class Built:
         fmt = QUANT_FORMATS[job.quant_type]
         # the whole weight comes to the device first and goes when it is quantised
         whole = rows * columns * job.weight_dtype.size
-        loaded = Storage(self.t, round_block(whole), Kind.WEIGHTS, owner)
-        for _name, nbytes in fmt.parts(rows, columns, job.double_quant):
+        passing = [Storage(self.t, round_block(whole), Kind.WEIGHTS, owner)]
+        scales = round_block(-(-rows * columns // fmt.block) * 4) if fmt.block else 0
+        nested = fmt.nested and job.double_quant
+        if nested:  # fp32 scales, then their distance from the mean, then those quantised
+            passing.append(Storage(self.t, scales, Kind.WEIGHTS, owner))
+        for name, nbytes in fmt.parts(rows, columns, job.double_quant):
+            if nested and name == "absmax":
+                passing.append(Storage(self.t, scales, Kind.WEIGHTS, owner))
             self._hold(nbytes, Kind.WEIGHTS, owner)
-        del loaded
+        del passing
         bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
         layer = Linear(spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype)
         if fmt.block:
@@ -476,15 +525,7 @@ class Built:
             bias = self._param(rows, 1, self.plain_dtype, spec.name, 1)
             if saved:
                 bias = self._adapter_param(rows, 1, spec.name, 1, saved=True)
-        head = Linear(spec, spec.name, weight, bias)
-        if spec.name.rsplit(".", 1)[-1] in self.targets:
-            head.adapter = Adapter(
-                self._adapter_param(self.job.lora_r * columns, self.job.lora_r, spec.name, 1),
-                self._adapter_param(rows * self.job.lora_r, rows, spec.name, 1),
-                self.job.lora_r,
-                self.job.lora_dropout,
-            )
-        return head
+        return Linear(spec, spec.name, weight, bias)
 
 
 def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:

@@ -26,6 +26,10 @@ class Dims:
         moe_intermediate_size: Width of one expert.
         shared_intermediate_size: Width of the expert that every token goes through.
         norm_topk: Whether the chosen experts' weights are made to sum to 1.
+        attn_logit_softcapping: Cap of the attention scores (tanh), None for none.
+        final_logit_softcapping: Cap of the logits (tanh), None for none.
+        qk_layernorm: Whether queries and keys are normalised before they are rotated, where the
+            config says so.
         layer_kinds: Kind of each layer where a family has several (``layer_types``); empty: one.
         dtype: dtype of the checkpoint (``torch_dtype`` of the config).
     """
@@ -55,6 +59,9 @@ class Dims:
     norm_topk: bool = False
     layer_kinds: tuple[str, ...] = ()
     parallel_residual: bool = False
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    qk_layernorm: bool = False
     dtype: Dtype = BF16
 
     @property
@@ -116,11 +123,12 @@ class NormSpec(NamedTuple):
 
 
 class EmbeddingSpec(NamedTuple):
-    """An ``nn.Embedding``: a table [num_embeddings, width]."""
+    """An ``nn.Embedding``: a table [num_embeddings, width], and bytes of each buffer beside it."""
 
     name: str
     num_embeddings: int
     width: int
+    buffers: tuple[int, ...] = ()
 
     @property
     def num_parameters(self) -> int:

@@ -6,17 +6,26 @@ variable here stays alive there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from vramplan import ops
 from vramplan.config import ConfigReader
-from vramplan.formats import BOOL, FP32
+from vramplan.formats import BOOL, FP32, Dtype
 from vramplan.job import Job
-from vramplan.layers import Layer, Norm
+from vramplan.layers import Embedding, Layer, Linear, Norm
 from vramplan.model import Architecture, Dims
 from vramplan.tape import Node, Tape, Tensor
 from vramplan.timeline import Kind
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the model hands to every layer of a kind: rotary tables and mask, None for none."""
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -27,9 +36,9 @@ class Env:
         tokens: Tokens of a micro-batch, batch times length.
         cos: Rotary table [1, length, rotary_dim]; None where the model has none.
         mask: Attention mask tensor, None where the kernel masks by itself.
-        other_mask: The mask of layers of another kind, if the model has such.
-        unused_mask: A mask that the model makes for kinds of layers it does not have.
         capability: Compute capability of the card, which decides sdpa's kernel.
+        shared: Tables and mask of each kind of layer, where a family has several; ``use`` puts
+            those of the layer at work into cos, sin and mask.
         kept: What the model's loop keeps of a block's result until the next block returns.
     """
 
@@ -42,16 +51,31 @@ class Env:
     cos: Tensor | None = None
     sin: Tensor | None = None
     mask: Tensor | None = None
-    other_mask: Tensor | None = None
-    unused_mask: Tensor | None = None
     kept: Tensor | None = None
     capability: tuple[int, int] = (9, 0)
+    shared: dict[str, Shared] = field(default_factory=dict)
 
-    @property
-    def windowed(self) -> bool:
-        """Whether the sequence outgrows a sliding window, so that sdpa needs a mask."""
-        window = self.dims.sliding_window
-        return window is not None and self.length >= window
+    def use(self, kind: str) -> None:
+        """A layer of that kind runs next."""
+        if kind in self.shared:
+            mine = self.shared[kind]
+            self.cos, self.sin, self.mask = mine.cos, mine.sin, mine.mask
+
+    def keep(self, kinds: Collection[str]) -> None:
+        """Let go of what no layer of these kinds is handed."""
+        if not kinds or self.shared:
+            self.cos = self.sin = self.mask = None
+        self.shared = {kind: mine for kind, mine in self.shared.items() if kind in kinds}
+
+
+def embed_tokens(t: Tape, table: Embedding, env: Env) -> Tensor:
+    """torch.nn.Embedding.forward."""
+    return ops.embedding(t, table.weight, env.tokens, table.spec.width)
+
+
+def lm_head(t: Tape, head: Linear, hidden: Tensor, env: Env) -> Tensor:
+    """The output head alone."""
+    return head(t, hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +91,8 @@ class Family:
         prepare: What the model computes once before its layers (position tables).
         attentions: ``attn_implementation`` values the family supports, the default first.
         source: File and version of the code it models.
+        embed: The program of the input embedding.
+        head: What the ForCausalLM does from the last hidden states to the logits.
     """
 
     model_type: str
@@ -77,24 +103,27 @@ class Family:
     prepare: Callable[[Tape, Tensor, Env], None]
     attentions: tuple[str, ...]
     source: str
+    embed: Callable[[Tape, Embedding, Env], Tensor] = embed_tokens
+    head: Callable[[Tape, Linear, Tensor, Env], Tensor] = lm_head
 
 
-def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env, groups: int | None = None) -> Tensor:
-    """LlamaRMSNorm.forward; ``groups`` vectors are normalised, one a token if not given."""
+def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
+    """LlamaRMSNorm.forward, over hidden states or over each head."""
     outer, t.owner = t.owner, norm.owner
     dtype = x.dtype
     h = ops.to(t, x, FP32)
-    variance = ops.mean(t, ops.pow_scalar(t, h), groups or env.tokens)
+    variance = ops.mean(t, ops.pow_scalar(t, h), x.numel // norm.spec.size)
     h = ops.mul(t, h, ops.rsqrt(t, ops.add_scalar(t, variance)))
     out = ops.mul(t, norm.weight, ops.to(t, h, dtype))
     t.owner = outer
     return out
 
 
-def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
-    """torch.nn.LayerNorm.forward."""
+def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env, *, contiguous: bool = True) -> Tensor:
+    """torch.nn.LayerNorm.forward, over hidden states or over each head."""
     outer, t.owner = t.owner, norm.owner
-    out = ops.layer_norm(t, x, norm.weight, norm.bias, env.tokens)
+    groups = x.numel // norm.spec.size
+    out = ops.layer_norm(t, x, norm.weight, norm.bias, groups, contiguous=contiguous)
     t.owner = outer
     return out
 
@@ -109,16 +138,23 @@ def activate(t: Tape, x: Tensor, env: Env, name: str) -> Tensor:
 
 def rotary_tables(t: Tape, embeds: Tensor, env: Env) -> None:
     """LlamaRotaryEmbedding.forward: cos and sin in the hidden states' dtype."""
-    t.owner += ".rotary_emb"
+    env.cos, env.sin = cos_sin(t, env, embeds.dtype)
+
+
+def cos_sin(t: Tape, env: Env, dtype: Dtype) -> tuple[Tensor, Tensor]:
+    """The rotary tables [1, length, rotary_dim]."""
+    outer, t.owner = t.owner, f"{t.owner}.rotary_emb"
     width = env.dims.rotary_dim
     half = t.new(env.length * width // 2, FP32)
+    t.use("cublas")
     emb = t.new(env.length * width, FP32)
 
     cos = ops.scale(t, t.new(env.length * width, FP32))  # emb.cos() * attention_scaling
     sin = ops.scale(t, t.new(env.length * width, FP32))
     del half, emb
-    env.cos = ops.to(t, cos, embeds.dtype)
-    env.sin = ops.to(t, sin, embeds.dtype)
+    tables = ops.to(t, cos, dtype), ops.to(t, sin, dtype)
+    t.owner = outer
+    return tables
 
 
 def rotate_half(t: Tape, x: Tensor) -> Tensor:
@@ -131,6 +167,18 @@ def rotate_half(t: Tape, x: Tensor) -> Tensor:
 def rotate(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``(x * cos) + (rotate_half(x) * sin)``."""
     return ops.add(t, ops.mul(t, x, cos), ops.mul(t, rotate_half(t, x), sin))
+
+
+def rotary_parts(t: Tape, x: Tensor, env: Env) -> tuple[Tensor, Tensor]:
+    """``x[..., :rotary_dim]`` and ``x[..., rotary_dim:]``, views of every head."""
+    rotated = x.numel // env.dims.head_dim * env.dims.rotary_dim
+    return ops.slice_(t, x, rotated), ops.slice_(t, x, x.numel - rotated)
+
+
+def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor]:
+    """apply_rotary_pos_emb of the Llama-like models."""
+    assert env.cos is not None and env.sin is not None
+    return rotate(t, q, env.cos, env.sin), rotate(t, k, env.cos, env.sin)
 
 
 def repeat_kv(t: Tape, x: Tensor, groups: int) -> Tensor:
@@ -170,9 +218,19 @@ def attend(
         return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
     dims = env.dims
     shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
-    cudnn = env.attention == "sdpa" and env.capability >= (9, 0)
-    out = ops.fused_attention(t, q, k, v, shape, cudnn=cudnn)
+    out = ops.fused_attention(t, q, k, v, shape, cudnn=picks_cudnn(env))
     return (out if contiguous else ops.copy(t, out)), None
+
+
+def picks_cudnn(env: Env) -> bool:
+    """Whether sdpa runs cuDNN's kernel rather than FlashAttention.
+
+    Source: torch 2.11 ``transformers/cuda/sdp_utils.cpp`` (``check_prefer_cudnn_attention``,
+    ``check_cudnn_tensor_shapes``), cuDNN newer than 9.15 as its CUDA 13 wheels bring.
+    """
+    widest = 256 if env.capability == (9, 0) else 128
+    preferred = env.capability in ((9, 0), (10, 0), (10, 3))
+    return env.attention == "sdpa" and preferred and env.dims.head_dim <= widest
 
 
 def _sdpa_without_flash(
@@ -230,6 +288,10 @@ def eager_attention(
     value = repeat_kv(t, v, groups)
     size = dims.num_heads * env.tokens * env.length
     weights = ops.scale(t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch))
+    if dims.attn_logit_softcapping is not None:
+        weights = ops.scale(t, weights)
+        weights = ops.tanh(t, weights)
+        weights = ops.scale(t, weights)
     if env.mask is not None:
         weights = ops.add(t, weights, env.mask)
     weights = ops.to(t, ops.softmax(t, weights, FP32), q.dtype)
@@ -239,16 +301,24 @@ def eager_attention(
 
 
 def causal_mask(t: Tape, embeds: Tensor, env: Env) -> None:
-    """create_causal_mask: none for sdpa without a window, a tensor for eager attention."""
-    if env.attention == "eager" or (env.attention == "sdpa" and env.windowed):
-        env.mask = mask_tensor(t, embeds, env)
+    """The one mask of a model whose layers are all alike."""
+    env.mask = make_mask(t, embeds, env, env.dims.sliding_window)
 
 
-def mask_tensor(t: Tape, embeds: Tensor, env: Env) -> Tensor:
-    """A written-out mask: what to add to the scores for eager attention, booleans for sdpa."""
+def make_mask(t: Tape, embeds: Tensor, env: Env, window: int | None) -> Tensor | None:
+    """create_causal_mask, or with a window create_sliding_window_causal_mask.
+
+    Eager attention always gets a tensor, sdpa only where the sequence outgrows the window.
+    """
     size = env.tokens * env.length
-    allowed = t.new(size, BOOL, Kind.BATCH)
-    return t.new(size, embeds.dtype, Kind.BATCH) if env.attention == "eager" else allowed
+    if env.attention == "eager":
+        allowed = t.new(size, BOOL, Kind.BATCH)
+        mask = t.new(size, embeds.dtype, Kind.BATCH)
+        del allowed
+        return mask
+    if env.attention == "sdpa" and window is not None and env.length >= window:
+        return t.new(size, BOOL, Kind.BATCH)
+    return None
 
 
 def rotary_prepare(t: Tape, embeds: Tensor, env: Env) -> None:

@@ -18,13 +18,15 @@ from dataclasses import replace
 from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama
-from vramplan.families.common import Env, Family, mask_tensor, repeat_kv
+from vramplan.families.common import Env, Family, Shared, make_mask, repeat_kv
 from vramplan.families.experts import Routing, experts, read_experts
 from vramplan.families.mixtral import attention_specs
 from vramplan.formats import FP32
 from vramplan.layers import Layer, Norm
 from vramplan.model import Architecture, Dims, NormSpec, ParameterSpec
 from vramplan.tape import Tape, Tensor
+
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def read(c: ConfigReader) -> Dims:
@@ -43,6 +45,8 @@ def read(c: ConfigReader) -> Dims:
     dims = llama.read(c)
     if dims.head_dim % 2:
         raise c.fail("head_dim", f"({dims.head_dim}) is odd; its halves are rotated")
+    usual = [(SLIDING, FULL)[index % 2] for index in range(dims.num_layers)]
+    kinds = c.layer_types(dims.num_layers, (SLIDING, FULL), usual)
     count, chosen = read_experts(c, "num_local_experts", 128, 4)
     return replace(
         dims,
@@ -50,29 +54,8 @@ def read(c: ConfigReader) -> Dims:
         num_experts=count,
         num_experts_per_tok=chosen,
         moe_intermediate_size=dims.intermediate_size,
-        layer_kinds=layer_types(c, dims.num_layers),
+        layer_kinds=kinds,
     )
-
-
-def layer_types(c: ConfigReader, num_layers: int) -> tuple[str, ...]:
-    """The kind of every layer; sliding and full ones alternate where the config does not say.
-
-    Raises:
-        ConfigError: If layer_types does not name the kind of every layer.
-    """
-    kinds = c.values.get("layer_types")
-    if kinds is None:
-        return tuple(("sliding_attention", "full_attention")[i % 2] for i in range(num_layers))
-    known = {"sliding_attention", "full_attention"}
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != num_layers
-        or not all(isinstance(kind, str) and kind in known for kind in kinds)
-    ):
-        raise c.fail(
-            "layer_types", f"must name {num_layers} layers, each " + " or ".join(sorted(known))
-        )
-    return tuple(kinds)
 
 
 def architecture(d: Dims) -> Architecture:
@@ -109,20 +92,17 @@ def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
 
 def prepare(t: Tape, embeds: Tensor, env: Env) -> None:
     """A mask for full and one for sliding layers; cos and sin for half a head."""
-    env.mask = mask_tensor(t, embeds, env)
-    other = mask_tensor(t, embeds, env)
-    if len(set(env.dims.kinds)) > 1:
-        env.other_mask = other
-    else:
-        env.unused_mask = other
-    t.owner += ".rotary_emb"
+    full, sliding = make_mask(t, embeds, env, None), make_mask(t, embeds, env, 0)
+    outer, t.owner = t.owner, f"{t.owner}.rotary_emb"
     half = env.length * env.dims.rotary_dim // 2
     freqs = t.new(half, FP32)
+    t.use("cublas")
     cos = ops.scale(t, t.new(half, FP32))
     sin = ops.scale(t, t.new(half, FP32))
     del freqs
-    env.cos = ops.to(t, cos, embeds.dtype)
-    env.sin = ops.to(t, sin, embeds.dtype)
+    cos, sin = ops.to(t, cos, embeds.dtype), ops.to(t, sin, embeds.dtype)
+    t.owner = outer
+    env.shared = {FULL: Shared(cos, sin, full), SLIDING: Shared(cos, sin, sliding)}
 
 
 def rotate(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from dataclasses import replace
 from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama, qwen2
-from vramplan.families.common import Env, activate, causal_mask, mask_tensor, rms_norm
-from vramplan.families.common import rotary_tables as rotary
+from vramplan.families.common import Env, Shared, activate, cos_sin, make_mask, rms_norm
 from vramplan.families.experts import (
     Routing,
     expert_specs,
@@ -74,12 +73,14 @@ def architecture(d: Dims) -> Architecture:
 def prepare(t: Tape, embeds: Tensor, env: Env) -> None:
     """Both masks: the one for sliding layers is made even where no layer slides.
 
-    Without use_sliding_window the config's window becomes 0, which no mask can be skipped for.
+    Without use_sliding_window the config's window becomes 0, and no sequence is shorter than that.
     """
-    causal_mask(t, embeds, env)
-    if env.attention == "eager" or (env.attention == "sdpa" and not env.windowed):
-        env.unused_mask = mask_tensor(t, embeds, env)
-    rotary(t, embeds, env)
+    d = env.dims
+    mask = make_mask(t, embeds, env, d.sliding_window)
+    other = make_mask(t, embeds, env, None if d.sliding_window else 0)
+    cos, sin = cos_sin(t, env, embeds.dtype)
+    env.shared = {kind: Shared(cos, sin, mask) for kind in d.kinds}
+    env.shared["unused"] = Shared(mask=other)
 
 
 def router(t: Tape, m: Layer, x: Tensor, env: Env) -> Routing:

@@ -1,5 +1,7 @@
 """Qwen3-MoE: norms on every head's queries and keys, many small experts, none shared.
 
+Its attention is Qwen3's.
+
 Source: transformers 5.17.0 ``models/qwen3_moe/modeling_qwen3_moe.py``.
 """
 
@@ -9,14 +11,9 @@ from dataclasses import replace
 
 from vramplan import ops
 from vramplan.config import ConfigReader
-from vramplan.families import llama
-from vramplan.families.common import Env, attend, rms_norm
-from vramplan.families.experts import (
-    expert_specs,
-    experts,
-    read_experts,
-    sparse_kinds,
-)
+from vramplan.families import llama, qwen3
+from vramplan.families.common import Env, rms_norm
+from vramplan.families.experts import expert_specs, experts, read_experts, sparse_kinds
 from vramplan.families.mixtral import attention_specs
 from vramplan.families.qwen2_moe import router
 from vramplan.layers import Layer
@@ -75,22 +72,6 @@ def architecture(d: Dims) -> Architecture:
     )
 
 
-def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
-    """Qwen3MoeAttention.forward."""
-    d = env.dims
-    outer, t.owner = t.owner, f"{m.name}.self_attn"
-    q = ops.view(t, m.linears["self_attn.q_proj"](t, x))
-    q = ops.view(t, rms_norm(t, m.norms["self_attn.q_norm"], q, env, env.tokens * d.num_heads))
-    k = ops.view(t, m.linears["self_attn.k_proj"](t, x))
-    k = ops.view(t, rms_norm(t, m.norms["self_attn.k_norm"], k, env, env.tokens * d.num_kv_heads))
-    v = ops.view(t, m.linears["self_attn.v_proj"](t, x))
-    q, k = llama.rotate_both(t, q, k, env)
-    out, weights = attend(t, q, k, v, env)
-    out = m.linears["self_attn.o_proj"](t, out)
-    t.owner = outer
-    return out, weights
-
-
 def sparse_mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """Qwen3MoeSparseMoeBlock.forward."""
     outer, t.owner = t.owner, f"{m.name}.mlp"
@@ -104,7 +85,7 @@ def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """Qwen3MoeDecoderLayer.forward."""
     residual = x
     h = rms_norm(t, m.norms["input_layernorm"], x, env)
-    h, _weights = attention(t, m, h, env)
+    h, _weights = qwen3.attention(t, m, h, env)
     h = ops.add(t, residual, h)
     residual = h
     h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)

@@ -13,7 +13,17 @@ histories (``profiles/calibrations``).
 from __future__ import annotations
 
 from vramplan.ops.attention import efficient_attention, fused_attention
-from vramplan.ops.base import autocast_weight, cat, copy, promote, slice_, split, to, view
+from vramplan.ops.base import (
+    autocast_weight,
+    cat,
+    copy,
+    promote,
+    slice_,
+    split,
+    to,
+    transpose,
+    view,
+)
 from vramplan.ops.elementwise import (
     ACTIVATIONS,
     activation,
@@ -99,5 +109,6 @@ __all__ = [
     "tanh",
     "to",
     "topk",
+    "transpose",
     "view",
 ]

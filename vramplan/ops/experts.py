@@ -222,6 +222,7 @@ def fold_adapter(t: Tape, weight: Tensor, left: Tensor, right: Tensor) -> Tensor
     out = t.new(weight.numel, weight.dtype, node=node)
     contiguous = t.scratch(left.numel * left.dtype.size)
     del contiguous
+    t.use("cublas")
     return out
 
 
@@ -235,4 +236,5 @@ def _fold_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     del contiguous
     g_right = t.new(right.numel, grad.dtype)
     del product
+    t.use("cublas")
     return g_left, g_right

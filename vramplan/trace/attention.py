@@ -52,21 +52,32 @@ def scaled_dot_product_attention(
         value, key, query = value.to(dtype), key.to(dtype), query.to(dtype)
     grouped = query.shape[1] != key.shape[1]
     if query.dtype not in (torch.bfloat16, torch.float16) and grouped:
-        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and attn_mask is None and capability >= (8, 0):
-        return Fused.apply(query, key, value, books, capability >= (9, 0))
+    fits = enable_gqa or not grouped
+    if half and attn_mask is None and fits and capability >= (8, 0):
+        cudnn = capability >= (9, 0) and (dropout_p * 16).is_integer()
+        return Fused.apply(query, key, value, books, cudnn)
     if grouped:
-        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if attn_mask is not None:
         attn_mask = _bias(attn_mask, query)
     return Efficient.apply(query, key, value, attn_mask, books)
 
 
-def _plain(q: Any, k: Any, v: Any, mask: Any, p: float, causal: bool, scale: float | None) -> Any:
+def _plain(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    p: float,
+    causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Any:
     """``_scaled_dot_product_attention_math``, which is written in terms of other operations."""
     return torch.ops.aten._scaled_dot_product_attention_math(
-        q, k, v, mask, p, causal, None, scale=scale, enable_gqa=True
+        q, k, v, mask, p, causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
 
 
