@@ -450,7 +450,7 @@ class Built:
         return layer
 
     def _parameter(self, spec: ParameterSpec, prefix: str, copies: int) -> Parameter:
-        job, owner = self.job, prefix + spec.name
+        owner = prefix + spec.name
         experts = spec.num_experts
         rows, columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, spec.shape[0])
         first = experts * rows  # as a matrix of all experts' rows

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vramplan.accuracy import rows
 from vramplan.allocator import CachingAllocator, OutOfMemory
 from vramplan.catalogue import find_model, model_from_config
+from vramplan.errors import ConfigError
 from vramplan.estimate import Estimate, estimate
 from vramplan.families import llama
 from vramplan.gpus import find_gpu
@@ -344,3 +345,30 @@ def test_allocator_splits_reuses_and_gives_back() -> None:
     allocator.free(third)
     assert allocator.malloc(44 * mib).size == 44 * mib
     assert allocator.reserved == 64 * mib
+
+
+def test_experts_left_unquantised_are_said() -> None:
+    """bitsandbytes converts linear layers only; k-bit preparation makes the rest fp32."""
+    model = find_model("mixtral-8x7b")
+    assert any("97% of this model unquantised" in warning for warning in model.warnings)
+    assert any("adapts the experts" in warning for warning in model.warnings)
+    assert not find_model("llama-3.1-8b").warnings
+    unprepared = estimate(model, Job(prepare_kbit=False)).ready_bytes
+    assert unprepared > 2 * 45 * 10**9
+    assert estimate(model, Job()).ready_bytes > 4 * 45 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("mixtral", {"num_local_experts": 1}, "more than the 1 experts"),
+        ("mixtral", {"num_local_experts": 10**6}, "num_local_experts"),
+        ("qwen2_moe", {"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ("gpt_oss", {"layer_types": ["sliding_attention"]}, "layer_types"),
+        ("gpt_oss", {"head_dim": 15}, "head_dim"),
+    ],
+)
+def test_bad_expert_configs(family: str, change: dict[str, object], message: str) -> None:
+    config = {"model_type": family, "num_hidden_layers": 2, **change}
+    with pytest.raises(ConfigError, match=message):
+        model_from_config(config, family)

@@ -43,6 +43,10 @@ def read(c: ConfigReader) -> Dims:
         attention_bias=True,
     )
     dims = llama.read(c)
+    c.warnings.append(
+        "Published gpt-oss checkpoints hold their experts in MXFP4: the download is smaller, and "
+        "these numbers are for weights dequantised to --dtype (for QLoRA: a checkpoint that is)."
+    )
     if dims.head_dim % 2:
         raise c.fail("head_dim", f"({dims.head_dim}) is odd; its halves are rotated")
     usual = [(SLIDING, FULL)[index % 2] for index in range(dims.num_layers)]
