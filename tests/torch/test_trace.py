@@ -53,7 +53,8 @@ def test_agrees_with_the_estimate(family: str, method: str, checkpointing: bool)
     assert abs(off) < TOLERANCE, compare(traced.timeline, estimated.timeline)[:8]
 
 
-TOLERANCE = 0.01
+# Trainer's scalars, which the estimate leaves out, and small vectors beside a model of 150 MB
+TOLERANCE = 0.0002
 
 FOLDED = {
     "full": Job(method="full", seq_len=64),
