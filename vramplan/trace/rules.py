@@ -211,10 +211,11 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
 
     def gemm_4bit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
         x, _packed, shape = args[:3]
+        absmax_8bit = args[7] if len(args) > 7 else kwargs.get("absmax_8bit")
         if x.numel() // x.shape[-1] <= FUSED_MAX_TOKENS:
             return []
         blocks = -(-shape[0] * shape[1] // 64) * 4
-        nested = [blocks, blocks] if kwargs.get("absmax_8bit") is not None else []
+        nested = [blocks, blocks] if absmax_8bit is not None else []
         return [*nested, shape[0] * shape[1] * x.element_size()]
 
     def embedding_backward(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
