@@ -176,11 +176,22 @@ def rotate(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return ops.add(t, ops.mul(t, x, cos), ops.mul(t, rotate_half(t, x), sin))
 
 
-def repeat_kv(t: Tape, x: Tensor, groups: int) -> Tensor:
-    """Keys or values repeated for every query head; nothing for one group."""
+def repeat_kv(t: Tape, x: Tensor, groups: int, *, heads: int = 0) -> Tensor:
+    """Keys or values repeated for every query head; nothing for one group.
+
+    Args:
+        t: The tape.
+        x: Keys or values.
+        groups: Query heads per key head.
+        heads: Key heads, where transformers repeats them (``expand``, then ``reshape``): a single
+            one stays a view. PyTorch's own ``repeat_interleave`` always copies.
+    """
     if groups == 1:
         return x
-    out = t.new(x.numel * groups, x.dtype)
+    if heads == 1:
+        out = Tensor(x.storage, x.numel * groups, x.dtype)
+    else:
+        out = t.new(x.numel * groups, x.dtype)
     if x.node is not None:
         out.node = t.node((x.node,), _repeat_kv_backward, args=(x.numel,))
     return out
@@ -243,7 +254,8 @@ def _sdpa_without_flash(
     groups = dims.num_heads // dims.num_kv_heads
     if groups > 1 and env.mask is None:
         return math_attention(t, q, k, v, env)
-    k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
+    heads = dims.num_kv_heads
+    k, v = repeat_kv(t, k, groups, heads=heads), repeat_kv(t, v, groups, heads=heads)
     shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
     out = ops.efficient_attention(t, q, k, v, shape, masked=env.mask is not None)
     return out if contiguous else ops.copy(t, out)
@@ -279,8 +291,8 @@ def eager_attention(
     """eager_attention_forward of the Llama-like models."""
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
-    key = repeat_kv(t, k, groups)
-    value = repeat_kv(t, v, groups)
+    key = repeat_kv(t, k, groups, heads=dims.num_kv_heads)
+    value = repeat_kv(t, v, groups, heads=dims.num_kv_heads)
     size = dims.num_heads * env.tokens * env.length
     weights = ops.scale(t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch))
     if dims.attn_logit_softcapping is not None:
