@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vramplan.config import MAX_PARAMETERS, ConfigReader, load_json
 from vramplan.errors import ConfigError, EnvironmentProblem, UnknownNameError
@@ -71,47 +71,91 @@ def model_from_config(
     )
 
 
+class FoundConfig(NamedTuple):
+    """A config.json and where it came from.
+
+    Attributes:
+        name: What the user called the model.
+        config: The config's object; untrusted.
+        where: How to name it in errors.
+        repository: Hub repository, if known.
+        revision: Commit of the repository, if known.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    where: str
+    repository: str | None = None
+    revision: str | None = None
+
+
 def load_shipped(slug: str) -> Model:
     """A shipped profile by its exact name."""
+    return _model(_shipped_config(slug))
+
+
+def _shipped_config(slug: str) -> FoundConfig:
     path = profiles_dir() / "models" / f"{slug}.json"
     profile = json.loads(path.read_text(encoding="utf-8"))
+    return FoundConfig(slug, profile["config"], slug, profile["repository"], profile["revision"])
+
+
+def _model(found: FoundConfig) -> Model:
     return model_from_config(
-        profile["config"],
-        slug,
-        repository=profile["repository"],
-        revision=profile["revision"],
+        found.config,
+        found.name,
+        where=found.where,
+        repository=found.repository,
+        revision=found.revision,
     )
 
 
 def find_model(name: str) -> Model:
-    """The model a user means.
+    """The model a user means, for a family that a block program describes.
+
+    Args:
+        name: As in ``find_config``.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnknownNameError: If it is nowhere to be found, or of a family without a block program.
+        ConfigError: If its config.json cannot be used.
+        EnvironmentProblem: If a hub id is not cached and cannot be fetched.
+    """
+    return _model(find_config(name))
+
+
+def find_config(name: str) -> FoundConfig:
+    """The config of the model a user means, whatever its family.
 
     Args:
         name: A shipped profile (``gpt-j-6b``), a folder with a config.json, a config.json, or a
             hub id (``EleutherAI/gpt-j-6b``), of which only config.json is fetched.
 
     Returns:
-        The model.
+        The config, as it was found.
 
     Raises:
         UnknownNameError: If it is none of these, naming the nearest profiles.
-        ConfigError: If its config.json cannot be used.
+        ConfigError: If its config.json cannot be read.
         EnvironmentProblem: If a hub id is not cached and cannot be fetched.
     """
     slug = name.strip().lower()
     if slug in model_slugs():
-        return load_shipped(slug)
+        return _shipped_config(slug)
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "config.json"
-        return model_from_config(load_json(path), name, where=str(path))
+        return FoundConfig(name, load_json(path), str(path))
     if path.is_file() or path.suffix == ".json" or name.startswith((".", "/", "~")):
-        return model_from_config(load_json(path), name, where=str(path))
+        return FoundConfig(name, load_json(path), str(path))
     for known in model_slugs():
         if load_profile_repository(known).lower() == slug:
-            return load_shipped(known)
+            return _shipped_config(known)
     if name.count("/") == 1:
-        return model_from_config(fetch_config(name), name, repository=name)
+        return FoundConfig(name, fetch_config(name), name, repository=name)
     raise UnknownNameError(
         "model", name, model_slugs(), "A folder, a config.json or a hub id works too."
     )

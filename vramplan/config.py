@@ -137,9 +137,9 @@ class ConfigReader:
             raise self.fail(names[0], f"must be a short text, not {_show(value)}")
         return value
 
-    def dropout(self, *names: str) -> float:
-        """A dropout probability, 0 when absent."""
-        return self.number(*names, default=0.0, low=0.0, high=0.999)
+    def dropout(self, *names: str, default: float = 0.0) -> float:
+        """A dropout probability."""
+        return self.number(*names, default=default, low=0.0, high=0.999)
 
     def heads(self, hidden_size: int, num_heads: int) -> int:
         """Head dimension when it is hidden_size / heads.
@@ -200,6 +200,21 @@ class ConfigReader:
                 key, default=default, low=0.0, high=1.0
             )
         return self.number(key, default=default, low=0.0, high=1.0)
+
+    def rotary_dim(self, head_dim: int, default_share: float) -> int:
+        """Rotated part of a head: ``partial_rotary_factor`` of it.
+
+        Raises:
+            ConfigError: If no pairs of elements are left to rotate, or half a pair.
+        """
+        share = self.rope("partial_rotary_factor", default_share)
+        rotated = int(head_dim * share)
+        if rotated < 2 or rotated % 2:
+            raise self.fail(
+                "partial_rotary_factor",
+                f"({share}) rotates {rotated} elements of a head of {head_dim}; it takes pairs",
+            )
+        return rotated
 
     def dtype(self) -> Dtype:
         """Dtype of the checkpoint; bf16 when the config does not say."""

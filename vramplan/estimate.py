@@ -21,7 +21,7 @@ from vramplan.formats import FP32, INT64
 from vramplan.job import Job
 from vramplan.layers import Built, Layer, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import Leaf, Storage, Tape, Tensor
+from vramplan.tape import Leaf, Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
@@ -77,7 +77,8 @@ def num_cublaslt_threads(model: Model, job: Job) -> int:
     """
     arch = model.architecture
     in_block = not (job.quantised and job.quant_type == "int8") and any(
-        isinstance(module, LinearSpec) and module.bias for module in arch.modules()
+        isinstance(module, LinearSpec) and module.bias and module.cls != "FalconLinear"
+        for module in arch.modules()
     )
     return int(in_block or arch.head.bias) + int(in_block and job.gradient_checkpointing)
 
@@ -125,6 +126,15 @@ def estimate(
     return Step(model, job, capability, workspace_bytes).run()
 
 
+def require_grad(t: Tape, embeds: Tensor) -> Leaf:
+    """enable_input_require_grads: the output of a frozen embedding becomes a leaf with a gradient.
+
+    Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
+    """
+    assert embeds.storage is not None
+    return Leaf(embeds.storage, embeds.numel, embeds.dtype, trainable=True, owner=t.owner, copies=1)
+
+
 class Step:
     """Walks one steady step of a job."""
 
@@ -136,6 +146,7 @@ class Step:
         self.family = find_family(model.family)
         self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
         self.tape = Tape(job.autocast_dtype)
+        self.leaf: Leaf | None = None
         self.tape.kind = Kind.WEIGHTS
         self.built = Built(self.tape, model, job, self.runs)
         self.env = Env(
@@ -155,7 +166,6 @@ class Step:
             else CUBLAS_WORKSPACE
         )
         self.marks: list[int] = []
-        self.leaf: Leaf | None = None
 
     def run(self) -> Estimate:
         """Load, then one steady step."""
@@ -164,11 +174,7 @@ class Step:
         t.phase = Phase.PREPARE
         self.built.cast_biases()
         optimizer_bytes, paged, self.optimizer = self._optimizer_state()
-        lt = [CUBLASLT_WORKSPACE] * num_cublaslt_threads(self.model, self.job)
-        self.workspaces = [
-            Storage(t, nbytes, Kind.WORKSPACE, "cublas")
-            for nbytes in (self.workspace_bytes, self.workspace_bytes, *lt)  # one a thread
-        ]
+        self.workspaces = self._workspaces()
         static = t.live_bytes
         before = t.peak_bytes
         t.peak_bytes = 0
@@ -216,6 +222,20 @@ class Step:
                         Storage(t, round_block(n), Kind.OPTIMIZER, param.owner) for n in parts if n
                     ]
         return t.live_bytes - start, paged, held
+
+    def _workspaces(self) -> list[Storage]:
+        """What cuBLAS and cuBLASLt hold for the thread of the forward and that of the backward."""
+        held = []
+        threads = num_cublaslt_threads(self.model, self.job)
+        for library, nbytes, count in (
+            ("cublas", self.workspace_bytes, 2),
+            ("cublaslt", CUBLASLT_WORKSPACE, threads),
+        ):
+            for backward in (False, True)[:count]:
+                storage = Storage(self.tape, nbytes, Kind.WORKSPACE, "cublas")
+                self.tape.await_use(library, backward=backward, block=storage.block)
+                held.append(storage)
+        return held
 
     def _batch(self) -> list[Tensor]:
         """input_ids, attention_mask and labels, as the data loader moves them to the device."""
@@ -268,13 +288,17 @@ class Step:
         spec = built.embedding.spec
         name = spec.name.rsplit(".", 1)[0]
         t.owner = name
-        position_ids = t.new(env.length, INT64, Kind.BATCH)
+        position_ids = t.new(env.length, INT64, Kind.BATCH) if self.family.positions else None
         t.owner = spec.name
-        embeds = self._require_grad(self.family.embed(t, built.embedding, env))
-        embeds = ops.dropout(t, embeds, env.dims.embedding_dropout)
+        embeds = self.family.embed(t, built.embedding, env)
+        if self.job.gradient_checkpointing and embeds.node is None:
+            self.leaf = require_grad(t, embeds)
+            embeds = self.leaf
+        t.owner = name
+        hidden, held = self.family.enter(t, built.outside, embeds, env)
         t.owner = name
         self.family.prepare(t, embeds, env)
-        hidden = embeds
+        del embeds
         self.marks = [t.position]
         for layers, run in zip(built.layers, self.runs, strict=True):
             with t.repeated(run.repeats):
@@ -282,11 +306,13 @@ class Step:
                     hidden = self._layer(layer, hidden)
             self.marks.append(t.position)
         env.kept = None
-        hidden = self.family.norm(t, built.final_norm, hidden, env)
-        del position_ids
+        if built.final_norm is not None:
+            hidden = self.family.norm(t, built.final_norm, hidden, env)
+        hidden = self.family.leave(t, built.outside, hidden, env)
+        del position_ids, held  # the model's forward holds them to its end
         if self.job.gradient_checkpointing:
             env.keep(env.dims.kinds)
-        else:  # nobody will run a block again: the graph alone holds tables, and no masks
+        else:  # nobody runs a block again: the graph alone holds tables, and no masks
             env.keep(self._folded_kinds(), masks=False)
         return hidden
 
@@ -303,19 +329,6 @@ class Step:
                 folded.update(kind for kind in run.kinds if kind not in seen)
             seen.update(run.kinds)
         return folded
-
-    def _require_grad(self, embeds: Tensor) -> Tensor:
-        """enable_input_require_grads: checkpointing makes a frozen embedding's output a leaf.
-
-        Its gradient is computed and kept with it until the graph goes.
-
-        Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
-        """
-        if not self.job.gradient_checkpointing or embeds.node is not None:
-            return embeds
-        assert embeds.storage is not None
-        self.leaf = Leaf(embeds.storage, embeds.numel, embeds.dtype, True, self.tape.owner, 1)
-        return self.leaf
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
         t, env, block = self.tape, self.env, self.family.block
@@ -358,15 +371,25 @@ class Step:
         count = sum(p.copies for p in trainable)
         norms = Storage(t, BLOCK_BYTES * count, Kind.WORKSPACE, "clip_grad_norm")
         del norms
-        optimizer = self.job.optimizer
-        held: list[Storage] = []
-        if optimizer.loop_temporaries and trainable:
-            trainable = sorted(trainable, key=lambda p: -p.numel)[:1]
-        for param in trainable:
-            copies = 1 if optimizer.loop_temporaries else param.copies
-            held += [
-                Storage(t, nbytes, Kind.WORKSPACE, "optimizer", copies)
-                for nbytes in optimizer.step_temporaries(param.numel, param.dtype)
-            ]
-        held.clear()
+        self._update(trainable)
         t.zero_grad(self.built.trainable)
+
+    def _update(self, trainable: list[Param]) -> None:
+        """The temporaries of the optimizer's step."""
+        t, optimizer = self.tape, self.job.optimizer
+        if optimizer.loop_temporaries:  # one parameter after another: the largest decides
+            for param in sorted(trainable, key=lambda p: -p.numel)[:1]:
+                sizes = optimizer.step_temporaries(param.numel, param.dtype)
+                held = [Storage(t, nbytes, Kind.WORKSPACE, "optimizer") for nbytes in sizes]
+                del held
+            return
+        made: list[tuple[int, Storage]] = []
+        for copies, params in groupby(trainable, key=lambda p: p.copies):
+            with t.repeated(copies):  # in the order of the parameters, layer after layer
+                made += [
+                    (copies, Storage(t, nbytes, Kind.WORKSPACE, "optimizer"))
+                    for param in params
+                    for nbytes in optimizer.step_temporaries(param.numel, param.dtype)
+                ]
+        for copies, storage in made:  # all live until the last
+            storage.copies = copies

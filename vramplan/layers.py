@@ -11,7 +11,7 @@ Source: transformers 5.17 ``integrations/bitsandbytes.py``; peft 0.21 ``tuners/l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,13 +71,24 @@ class Linear:
     def _base(self, t: Tape, x: Tensor) -> Tensor:
         rows, columns = self.spec.out_features, self.spec.in_features
         if not self.quant_type:
-            assert self.weight is not None
-            return ops.linear(t, x, self.weight, self.bias, rows, columns)
+            return self._plain(t, x)
         if self.quant_type == "int8":
             return ops.matmul_8bit(t, x, rows, columns)
         dtype = x.dtype
         x = ops.to(t, x, self.compute)
-        return ops.to(t, ops.matmul_4bit(t, x, rows, columns, self.dequantised, self.stored), dtype)
+        out = ops.matmul_4bit(
+            t, x, rows, columns, self.dequantised, self.stored, biased=self.bias is not None
+        )
+        return ops.to(t, out, dtype)
+
+    def _plain(self, t: Tape, x: Tensor) -> Tensor:
+        rows, columns = self.spec.out_features, self.spec.in_features
+        assert self.weight is not None
+        if self.spec.cls == "Conv1D":
+            assert self.bias is not None
+            return ops.conv1d(t, x, self.weight, self.bias, rows, columns)
+        product = ops.falcon_linear if self.spec.cls == "FalconLinear" else ops.linear
+        return product(t, x, self.weight, self.bias, rows, columns)
 
     def _lora(self, t: Tape, x: Tensor, adapter: Adapter) -> Tensor:
         result = self._base(t, x)
@@ -137,12 +148,16 @@ class Embedding:
 
 @dataclass(slots=True)
 class Layer:
-    """The modules of one decoder layer by name, standing for all identical ones."""
+    """The modules of one decoder layer by name, standing for all identical ones.
+
+    The modules outside the layers are one too, by full name.
+    """
 
     name: str = ""
     kind: str = ""
     linears: dict[str, Linear] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
+    embeddings: dict[str, Embedding] = field(default_factory=dict)
 
 
 class Run(NamedTuple):
@@ -223,17 +238,56 @@ class Built:
         self.storages: list[Storage] = []
         self.num_trainable = 0
         self.embedding = self._embedding(arch.embedding)
+        self.outside = Layer()
+        for spec in arch.outside:
+            self._add(self.outside, spec, "", 1)
         self.layers: list[list[Layer]] = []
         start = 0
         for run in runs:
             self.layers.append(self._run(arch, run, start))
             start += len(run.kinds) * run.repeats
-        self.final_norm = self._norm(arch.final_norm, "", 1)
+        self.final_norm = self._norm(arch.final_norm, "", 1) if arch.final_norm else None
         self.head = self._head(arch.head)
         for nbytes in arch.model_buffers:
             self._hold(nbytes, Kind.WEIGHTS, "buffers")
         if self._to_cast:
             self._cast_to_fp32()
+        self._add_adapters()
+
+    def _add_adapters(self) -> None:
+        """get_peft_model, once the model is loaded and prepared.
+
+        Adapters come to the device in the dtype of a layer that is not quantised; when all are
+        there, peft makes them fp32 one after another.
+
+        Source: peft 0.21 ``tuners/tuners_utils.py`` (``_move_adapter_to_device_of_base_layer``,
+        ``cast_adapter_dtype``).
+        """
+        self.t.phase = Phase.PREPARE
+        made: list[tuple[int, list[Param]]] = []
+        for run, layers in zip(self.runs, self.layers, strict=True):
+            with self.t.repeated(run.repeats):
+                linears = [linear for layer in layers for linear in layer.linears.values()]
+                made.append((run.repeats, self._adapt(linears, run.repeats)))
+        made.append((1, self._adapt([self.head], 1)))
+        for repeats, params in made:
+            with self.t.repeated(repeats):
+                for param in params:
+                    nbytes = round_block(param.numel * param.dtype.size)
+                    if param.storage is not None and param.storage.nbytes != nbytes:
+                        param.storage = Storage(self.t, nbytes, Kind.ADAPTERS, param.owner)
+
+    def _adapt(self, linears: Iterable[Linear], copies: int) -> list[Param]:
+        """LoRA matrices for those that are targets; the two of each, in order."""
+        r, made = self.job.lora_r, []
+        for linear in linears:
+            rows, columns = linear.spec.out_features, linear.spec.in_features
+            if linear.spec.name.rsplit(".", 1)[-1] in self.targets:
+                a = self._adapter_param(r * columns, r, linear.owner, copies)
+                b = self._adapter_param(rows * r, rows, linear.owner, copies)
+                linear.adapter = Adapter(a, b, r, self.job.lora_dropout)
+                made += [a, b]
+        return made
 
     def _cast_to_fp32(self) -> None:
         """prepare_model_for_kbit_training: one parameter after another, then empty_cache.
@@ -285,7 +339,8 @@ class Built:
             trainable = self.job.method == "full"
         loaded = self.job.weight_dtype
         cast = kind is Kind.WEIGHTS and dtype is not loaded and copies == 1
-        size = loaded.size if cast else dtype.size
+        moved = kind is Kind.ADAPTERS and not self.job.quantised  # cast by peft when all are there
+        size = loaded.size if cast or moved else dtype.size
         storage = Storage(self.t, round_block(numel * size), kind, owner)
         param = Param(storage, numel, dtype, trainable, owner, copies)
         if cast:
@@ -330,7 +385,7 @@ class Built:
     def _adapter_param(
         self, numel: int, rows: int, owner: str, copies: int, *, saved: bool = False
     ) -> Param:
-        """A LoRA matrix (fp32), or a modules_to_save copy (in the dtype of the original)."""
+        """A LoRA matrix (fp32 in the end), or a modules_to_save copy (in the original's dtype)."""
         return self._param(
             numel,
             rows,
@@ -344,21 +399,13 @@ class Built:
     def _linear(self, spec: LinearSpec, prefix: str, copies: int) -> Linear:
         job = self.job
         owner = prefix + spec.name
-        last = spec.name.rsplit(".", 1)[-1]
         rows, columns = spec.out_features, spec.in_features
-        if job.quantised:
+        if job.quantised and spec.cls != "FalconLinear":  # bitsandbytes takes no other subclass
             layer = self._quantised(spec, owner, copies)
         else:
             weight = self._param(rows * columns, rows, self.plain_dtype, owner, copies)
             bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
             layer = Linear(spec, owner, weight, bias)
-        if last in self.targets:
-            layer.adapter = Adapter(
-                self._adapter_param(job.lora_r * columns, job.lora_r, owner, copies),
-                self._adapter_param(rows * job.lora_r, rows, owner, copies),
-                job.lora_r,
-                job.lora_dropout,
-            )
         return layer
 
     def _quantised(self, spec: LinearSpec, owner: str, copies: int) -> Linear:
@@ -367,10 +414,16 @@ class Built:
         fmt = QUANT_FORMATS[job.quant_type]
         # the whole weight comes to the device first and goes when it is quantised
         whole = rows * columns * job.weight_dtype.size
-        loaded = Storage(self.t, round_block(whole), Kind.WEIGHTS, owner)
-        for _name, nbytes in fmt.parts(rows, columns, job.double_quant):
+        passing = [Storage(self.t, round_block(whole), Kind.WEIGHTS, owner)]
+        scales = round_block(-(-rows * columns // fmt.block) * 4) if fmt.block else 0
+        nested = fmt.nested and job.double_quant
+        if nested:  # fp32 scales, then their distance from the mean, then those quantised
+            passing.append(Storage(self.t, scales, Kind.WEIGHTS, owner))
+        for name, nbytes in fmt.parts(rows, columns, job.double_quant):
+            if nested and name == "absmax":
+                passing.append(Storage(self.t, scales, Kind.WEIGHTS, owner))
             self._hold(nbytes, Kind.WEIGHTS, owner)
-        del loaded
+        del passing
         bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
         layer = Linear(spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype)
         if fmt.block:
@@ -397,8 +450,9 @@ class Built:
     def _add(self, layer: Layer, spec: ModuleSpec, prefix: str, copies: int) -> None:
         if isinstance(spec, LinearSpec):
             layer.linears[spec.name] = self._linear(spec, prefix, copies)
+        elif isinstance(spec, EmbeddingSpec):
+            layer.embeddings[spec.name] = self._embedding(spec)
         else:
-            assert isinstance(spec, NormSpec)
             layer.norms[spec.name] = self._norm(spec, prefix, copies)
 
     def _head(self, spec: LinearSpec) -> Linear:
@@ -420,15 +474,7 @@ class Built:
             bias = self._param(rows, 1, self.plain_dtype, spec.name, 1)
             if saved:
                 bias = self._adapter_param(rows, 1, spec.name, 1, saved=True)
-        head = Linear(spec, spec.name, weight, bias)
-        if spec.name.rsplit(".", 1)[-1] in self.targets:
-            head.adapter = Adapter(
-                self._adapter_param(self.job.lora_r * columns, self.job.lora_r, spec.name, 1),
-                self._adapter_param(rows * self.job.lora_r, rows, spec.name, 1),
-                self.job.lora_r,
-                self.job.lora_dropout,
-            )
-        return head
+        return Linear(spec, spec.name, weight, bias)
 
 
 def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
@@ -443,7 +489,8 @@ def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
     head = arch.head.name.rsplit(".", 1)[-1]
     known = linear | {head}
     savable = known | {arch.embedding.name.rsplit(".", 1)[-1]}
-    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.modules(), arch.final_norm)}
+    norm = () if arch.final_norm is None else (arch.final_norm,)
+    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.modules(), *arch.outside, *norm)}
     savable -= linear  # a layer that is quantised or adapted cannot be saved whole
     for name in job.modules_to_save:
         if name not in savable:

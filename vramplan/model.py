@@ -22,7 +22,17 @@ class Dims:
         num_sliding_layers: Layers that use the window.
         attn_logit_softcapping: Cap of the attention scores (tanh), None for none.
         final_logit_softcapping: Cap of the logits (tanh), None for none.
+        qk_layernorm: Whether queries and keys are normalised before they are rotated, where the
+            config says so.
         layer_kinds: Kind of each layer where a family has several (``layer_types``); empty: one.
+        embedding_width: Width of the token table where it is not hidden_size, else 0.
+        norm_before: Whether a block's norms come before what they feed, not after.
+        final_norm: Whether there is a norm after the last layer.
+        residual_after_norm: Whether the residual branches off behind the norm.
+        upcast_attention: Whether eager attention works out its scores in fp32.
+        alibi: Whether positions are a bias on the attention scores.
+        grouped_qkv: Whether the fused query_key_value holds groups (q, ..., q, k, v).
+        num_parallel_norms: Norms that feed attention and MLP where they run side by side.
         dtype: dtype of the checkpoint (``torch_dtype`` of the config).
     """
 
@@ -48,6 +58,15 @@ class Dims:
     parallel_residual: bool = False
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    qk_layernorm: bool = False
+    embedding_width: int = 0
+    norm_before: bool = True
+    final_norm: bool = True
+    residual_after_norm: bool = False
+    upcast_attention: bool = False
+    alibi: bool = False
+    grouped_qkv: bool = False
+    num_parallel_norms: int = 1
     dtype: Dtype = BF16
 
     @property
@@ -57,12 +76,17 @@ class Dims:
 
 
 class LinearSpec(NamedTuple):
-    """An ``nn.Linear``: weight [out_features, in_features] and maybe a bias."""
+    """An ``nn.Linear``: weight [out_features, in_features] and maybe a bias.
+
+    ``cls`` is the class of the module: ``Conv1D`` holds its weight transposed, ``FalconLinear`` is
+    a subclass that bitsandbytes leaves alone.
+    """
 
     name: str
     in_features: int
     out_features: int
     bias: bool = False
+    cls: str = "Linear"
 
     @property
     def num_parameters(self) -> int:
@@ -108,20 +132,22 @@ class Architecture:
         embedding: Input table.
         block: Modules of one decoder layer, names relative to it, in order of registration.
         blocks: Modules of the layers of a kind, where those of ``block`` are not theirs.
-        final_norm: Norm before the head.
+        final_norm: Norm before the head, None where the model has none.
         head: Output head; shares the embedding's table when tied.
         layer_prefix: Path of the layers, e.g. ``model.layers``.
         layer_buffers: Bytes of each buffer of one layer.
         model_buffers: Bytes of each buffer outside the layers.
+        outside: Further modules outside the layers, by full name (position tables, projections).
     """
 
     embedding: EmbeddingSpec
     block: tuple[ModuleSpec, ...]
-    final_norm: NormSpec
+    final_norm: NormSpec | None
     head: LinearSpec
     layer_prefix: str
     layer_buffers: tuple[int, ...] = ()
     model_buffers: tuple[int, ...] = ()
+    outside: tuple[ModuleSpec, ...] = ()
     blocks: Mapping[str, tuple[ModuleSpec, ...]] = field(default_factory=dict)
 
     def block_of(self, kind: str) -> tuple[ModuleSpec, ...]:
@@ -141,11 +167,17 @@ class Architecture:
             count * sum(module.num_parameters for module in self.block_of(kind))
             for kind, count in Counter(dims.kinds).items()
         )
-        return self.embedding.num_parameters + layers + self.final_norm.num_parameters + head
+        outside = sum(module.num_parameters for module in self.outside)
+        norm = self.final_norm.num_parameters if self.final_norm is not None else 0
+        return self.embedding.num_parameters + layers + outside + norm + head
 
     def linear_names(self) -> tuple[str, ...]:
-        """Last path component of every linear layer inside a block."""
-        return tuple(m.name.rsplit(".", 1)[-1] for m in self.modules() if isinstance(m, LinearSpec))
+        """Last path component of every linear layer but the head."""
+        return tuple(
+            m.name.rsplit(".", 1)[-1]
+            for m in (*self.modules(), *self.outside)
+            if isinstance(m, LinearSpec)
+        )
 
 
 @dataclass(frozen=True, slots=True)

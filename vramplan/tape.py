@@ -201,6 +201,7 @@ class Tape:
         self._cast_cache: dict[int, tuple[Param, Tensor, int]] = {}
         self._in_autocast = False
         self._ready: list[tuple[int, int, Node]] = []
+        self._awaited: dict[tuple[str, bool], int] = {}
 
     @property
     def position(self) -> int:
@@ -250,6 +251,20 @@ class Tape:
     def empty_cache(self) -> None:
         """Write a call of torch.cuda.empty_cache (a block 0 of no bytes)."""
         self.events.append((0, 0, Kind.WORKSPACE, "empty_cache", self.phase, 1))
+
+    def await_use(self, library: str, *, backward: bool, block: int) -> None:
+        """Write where a thread first uses a library, whose workspace that block is.
+
+        Steady steps find the workspace there; in the first step it is allocated at that moment,
+        between other blocks, which decides how the cache is cut from then on.
+        """
+        self._awaited[library, backward] = block
+
+    def use(self, library: str) -> None:
+        """The thread at work calls ``cublas`` or ``cublaslt``."""
+        block = self._awaited.pop((library, self.phase is Phase.BACKWARD), None)
+        if block is not None:
+            self.events.append((block, 0, Kind.WORKSPACE, library, self.phase, 1))
 
     def finish(self) -> None:
         """End the run: what is released after it (by dropping the model) is not part of it."""

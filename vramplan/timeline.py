@@ -199,7 +199,7 @@ def handed_on(timeline: Timeline) -> dict[tuple[int, int], tuple[int, bool]]:
         for event in section.events:
             if event.nbytes > 0:
                 home[event.block], size[event.block] = index, event.nbytes
-            elif event.copies == 1 and event.block in home:
+            elif event.nbytes < 0 and event.copies == 1 and event.block in home:
                 source = home[event.block]
                 if repeats[index] == 1 and repeats[source] > 1:
                     left.setdefault(source, []).append(event.block)

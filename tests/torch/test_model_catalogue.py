@@ -9,22 +9,14 @@ from typing import Any
 
 import pytest
 
+from vramplan.families import NAMES
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 MODELS = Path(__file__).parents[2] / "profiles" / "models"
 FILES = sorted(MODELS.glob("*.json"))
-FAMILIES = {
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt_neox",
-    "gptj",
-    "llama",
-    "mistral",
-    "olmo2",
-    "qwen2",
-}
+FAMILIES = set(NAMES)
 KEYS = [
     "schema_version",
     "name",
@@ -51,6 +43,14 @@ PUBLIC_COUNTS = [
     ("pythia-2.8b", 2_775_208_960, PYTHIA_CARD),
     ("pythia-6.9b", 6_857_302_016, PYTHIA_CARD),
     ("pythia-12b", 11_846_072_320, PYTHIA_CARD),
+    ("gpt2", 124_439_808, WRITE_UPS),
+    ("gpt2-medium", 354_823_168, WRITE_UPS),
+    ("gpt2-large", 774_030_080, WRITE_UPS),
+    ("gpt2-xl", 1_557_611_200, WRITE_UPS),
+    ("opt-125m", 125_239_296, WRITE_UPS),
+    ("bloom-560m", 559_214_592, "BLOOM model cards, number of parameters"),
+    ("bloom-1b7", 1_722_408_960, "BLOOM model cards, number of parameters"),
+    ("bloom-7b1", 7_069_016_064, "BLOOM model cards, number of parameters"),
     ("llama-7b", 6_738_415_616, "public table of LLaMA 7B and 65B architectures"),
     ("llama-13b", 13_015_864_320, "LLaMA-MoE repository, total parameters of llama1-13b"),
     ("llama-65b", 65_285_660_672, "public table of LLaMA 7B and 65B architectures"),

@@ -74,6 +74,17 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
     }
 
 
+def prediction_keys() -> tuple[str, ...]:
+    """The names under ``prediction``, in order; other witnesses leave what they lack null."""
+    return (
+        "witness", "ready_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "min_limit_bytes",
+        "context_bytes", "process_bytes", "device_peak_bytes", "paged_bytes", "load_peak_bytes",
+        "host_ram_bytes", "disk_bytes", "peak_phase", "breakdown", "step_time_s", "tokens_per_s",
+        "num_trainable", "flops_per_step", "calibration", "calibration_borrowed",
+        "calibration_doubt_bytes", "bounds",
+    )  # fmt: skip
+
+
 def document(
     model: Model,
     job: Job,

@@ -264,13 +264,23 @@ def read_timeline(path: Path) -> Timeline:
 
 def print_terms(out: Console, record: Record, path: Path) -> None:
     """Where measurement and estimate part at their peaks, term by term."""
-    measured = read_timeline(path)
-    estimated = predicted(record).estimate.timeline
+    print_comparison(out, read_timeline(path), predicted(record).estimate.timeline, "measured")
+
+
+def print_comparison(out: Console, measured: Timeline, estimated: Timeline, witness: str) -> None:
+    """Where two timelines part at their peaks, term by term.
+
+    Args:
+        out: Where to print.
+        measured: What was measured or traced.
+        estimated: The estimate.
+        witness: How to call the first.
+    """
     peaks = [timeline.peak() for timeline in (measured, estimated)]
     out.print()
     out.print(Text("At the two peaks, by kind", style="bold"))
     out.print(
-        f"measured in {peaks[0].phase} of {peaks[0].owner}, estimated in {peaks[1].phase} of "
+        f"{witness} in {peaks[0].phase} of {peaks[0].owner}, estimated in {peaks[1].phase} of "
         f"{peaks[1].owner}"
     )
     kinds = sorted(set(peaks[0].by_kind) | set(peaks[1].by_kind), key=lambda kind: kind.value)
@@ -278,7 +288,7 @@ def print_terms(out: Console, record: Record, path: Path) -> None:
         (kind.value.replace("_", " "), peaks[0].by_kind.get(kind, 0), peaks[1].by_kind.get(kind, 0))
         for kind in kinds
     ]
-    _print_differences(out, "kind", [*rows, ("sum", peaks[0].nbytes, peaks[1].nbytes)])
+    _print_differences(out, ("kind", witness), [*rows, ("sum", peaks[0].nbytes, peaks[1].nbytes)])
     found = compare(measured, estimated)
     parts = [
         (f"{term.kind.replace('_', ' ')} of {term.owner}", term.measured, term.predicted)
@@ -292,14 +302,16 @@ def print_terms(out: Console, record: Record, path: Path) -> None:
     out.print(
         Text(f"Terms that differ ({len(parts)} of {len(found)}), largest first", style="bold")
     )
-    _print_differences(out, "term", parts[:MAX_TERMS])
+    _print_differences(out, ("term", witness), parts[:MAX_TERMS])
     if len(parts) > MAX_TERMS:
         out.print(Text(f"{len(parts) - MAX_TERMS} smaller ones not shown", style="dim"))
 
 
-def _print_differences(out: Console, what: str, rows: list[tuple[str, int, int]]) -> None:
+def _print_differences(
+    out: Console, heads: tuple[str, str], rows: list[tuple[str, int, int]]
+) -> None:
     table = output.plain_table(
-        (what, "left"), ("measured", "right"), ("estimated", "right"), ("difference", "right")
+        (heads[0], "left"), (heads[1], "right"), ("estimated", "right"), ("difference", "right")
     )
     for name, measured, estimated in rows:
         table.add_row(

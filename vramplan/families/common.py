@@ -36,6 +36,7 @@ class Env:
         tokens: Tokens of a micro-batch, batch times length.
         cos: Rotary table [1, length, rotary_dim]; None where the model has none.
         mask: Attention mask tensor, None where the kernel masks by itself.
+        alibi: Position bias of the attention scores, None where the model has none.
         capability: Compute capability of the card, which decides sdpa's kernel.
         shared: Tables and mask of each kind of layer, where a family has several; ``use`` puts
             those of the layer at work into cos, sin and mask.
@@ -51,6 +52,7 @@ class Env:
     cos: Tensor | None = None
     sin: Tensor | None = None
     mask: Tensor | None = None
+    alibi: Tensor | None = None
     kept: Tensor | None = None
     capability: tuple[int, int] = (9, 0)
     shared: dict[str, Shared] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class Env:
             masks: Whether their masks are still needed too.
         """
         if self.shared or not kinds or not masks:
-            self.cos = self.sin = self.mask = None
+            self.cos = self.sin = self.mask = self.alibi = None
         self.shared = {
             kind: Shared(mine.cos, mine.sin, mine.mask if masks else None)
             for kind, mine in self.shared.items()
@@ -87,6 +89,16 @@ def lm_head(t: Tape, head: Linear, hidden: Tensor, env: Env) -> Tensor:
     return head(t, hidden)
 
 
+def enter(t: Tape, outside: Layer, embeds: Tensor, env: Env) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What most models do with the embeddings before the first layer: dropout, if at all."""
+    return ops.dropout(t, embeds, env.dims.embedding_dropout), (embeds,)
+
+
+def leave(t: Tape, outside: Layer, hidden: Tensor, env: Env) -> Tensor:
+    """What most models do behind the final norm: nothing."""
+    return hidden
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One model family: everything the estimator knows about it.
@@ -102,6 +114,10 @@ class Family:
         source: File and version of the code it models.
         embed: The program of the input embedding.
         head: What the ForCausalLM does from the last hidden states to the logits.
+        enter: From the token embeddings to the first layer's input, and what else the model's
+            forward keeps in locals until it returns.
+        leave: From the final norm's output to the head's input.
+        positions: Whether the model counts positions with ``torch.arange``.
     """
 
     model_type: str
@@ -114,26 +130,44 @@ class Family:
     source: str
     embed: Callable[[Tape, Embedding, Env], Tensor] = embed_tokens
     head: Callable[[Tape, Linear, Tensor, Env], Tensor] = lm_head
+    enter: Callable[[Tape, Layer, Tensor, Env], tuple[Tensor, tuple[Tensor, ...]]] = enter
+    leave: Callable[[Tape, Layer, Tensor, Env], Tensor] = leave
+    positions: bool = True
 
 
 def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
-    """LlamaRMSNorm.forward."""
+    """LlamaRMSNorm.forward, over hidden states or over each head."""
     outer, t.owner = t.owner, norm.owner
     dtype = x.dtype
     h = ops.to(t, x, FP32)
-    variance = ops.mean(t, ops.pow_scalar(t, h), env.tokens)
+    variance = ops.mean(t, ops.pow_scalar(t, h), x.numel // norm.spec.size)
     h = ops.mul(t, h, ops.rsqrt(t, ops.add_scalar(t, variance)))
     out = ops.mul(t, norm.weight, ops.to(t, h, dtype))
     t.owner = outer
     return out
 
 
-def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
-    """torch.nn.LayerNorm.forward."""
+def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env, *, contiguous: bool = True) -> Tensor:
+    """torch.nn.LayerNorm.forward, over hidden states or over each head."""
     outer, t.owner = t.owner, norm.owner
-    out = ops.layer_norm(t, x, norm.weight, norm.bias, env.tokens)
+    groups = x.numel // norm.spec.size
+    out = ops.layer_norm(t, x, norm.weight, norm.bias, groups, contiguous=contiguous)
     t.owner = outer
     return out
+
+
+def dropout(t: Tape, x: Tensor, p: float, name: str) -> Tensor:
+    """nn.Dropout, a module of that name in the one at work."""
+    outer, t.owner = t.owner, f"{t.owner}.{name}"
+    out = ops.dropout(t, x, p)
+    t.owner = outer
+    return out
+
+
+def dropout_add(t: Tape, x: Tensor, residual: Tensor, p: float) -> Tensor:
+    """dropout_add of Bloom and Falcon."""
+    out = ops.dropout(t, x, p)
+    return ops.add(t, residual, out)
 
 
 def activate(t: Tape, x: Tensor, env: Env, name: str) -> Tensor:
@@ -154,6 +188,7 @@ def cos_sin(t: Tape, env: Env, dtype: Dtype) -> tuple[Tensor, Tensor]:
     outer, t.owner = t.owner, f"{t.owner}.rotary_emb"
     width = env.dims.rotary_dim
     half = t.new(env.length * width // 2, FP32)
+    t.use("cublas")
     emb = t.new(env.length * width, FP32)
 
     cos = ops.scale(t, t.new(env.length * width, FP32))  # emb.cos() * attention_scaling
@@ -174,6 +209,18 @@ def rotate_half(t: Tape, x: Tensor) -> Tensor:
 def rotate(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``(x * cos) + (rotate_half(x) * sin)``."""
     return ops.add(t, ops.mul(t, x, cos), ops.mul(t, rotate_half(t, x), sin))
+
+
+def rotary_parts(t: Tape, x: Tensor, env: Env) -> tuple[Tensor, Tensor]:
+    """``x[..., :rotary_dim]`` and ``x[..., rotary_dim:]``, views of every head."""
+    rotated = x.numel // env.dims.head_dim * env.dims.rotary_dim
+    return ops.slice_(t, x, rotated), ops.slice_(t, x, x.numel - rotated)
+
+
+def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor]:
+    """apply_rotary_pos_emb of the Llama-like models."""
+    assert env.cos is not None and env.sin is not None
+    return rotate(t, q, env.cos, env.sin), rotate(t, k, env.cos, env.sin)
 
 
 def repeat_kv(t: Tape, x: Tensor, groups: int, *, heads: int = 0) -> Tensor:
@@ -224,7 +271,9 @@ def attend(
         return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
     dims = env.dims
     shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
-    out = ops.fused_attention(t, q, k, v, shape, cudnn=picks_cudnn(env))
+    # cuDNN resolves a dropout in sixteenths
+    cudnn = picks_cudnn(env) and (dims.attention_dropout * 16).is_integer()
+    out = ops.fused_attention(t, q, k, v, shape, cudnn=cudnn)
     return (out if contiguous else ops.copy(t, out)), None
 
 
@@ -253,16 +302,35 @@ def _sdpa_without_flash(
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
     if groups > 1 and env.mask is None:
-        return math_attention(t, q, k, v, env)
+        return ops.copy(t, math_attention(t, q, k, v, env, dropout=dims.attention_dropout))
     heads = dims.num_kv_heads
     k, v = repeat_kv(t, k, groups, heads=heads), repeat_kv(t, v, groups, heads=heads)
     shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
-    out = ops.efficient_attention(t, q, k, v, shape, masked=env.mask is not None)
+    out = ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
     return out if contiguous else ops.copy(t, out)
 
 
-def math_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor:
+def math_attention(
+    t: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    env: Env,
+    *,
+    dropout: float,
+    broadcast: bool = False,
+) -> Tensor:
     """``_scaled_dot_product_attention_math``: everything in fp32, scores written out.
+
+    Args:
+        t: The tape.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        env: Shapes and mask.
+        dropout: Dropout of the weights.
+        broadcast: Whether ``matmul`` spreads the one key head over the query heads, as it does
+            without ``enable_gqa``; else they are repeated first.
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
     """
@@ -274,15 +342,24 @@ def math_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor
         q = ops.to(t, q, t.autocast)
     dtype = q.dtype
     size = dims.num_heads * env.tokens * env.length
+    mask = None if env.mask is None else ops.to(t, env.mask, dtype)
     with t.no_autocast():
-        k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
-        q, k, v = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
-        q, k = ops.scale(t, q), ops.scale(t, k)
-        weights = ops.batched_matmul(t, q, k, size, dims.head_dim, env.batch)
-        weights = ops.softmax(t, weights)
-        out = ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch)
-        out = ops.to(t, out, dtype)
-    return ops.copy(t, out)
+        q_acc, k_acc, v_acc = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
+        query = ops.scale(t, q_acc)
+        if broadcast:
+            key, value = ops.expand(t, ops.scale(t, k_acc), groups), ops.expand(t, v_acc, groups)
+        else:
+            expanded, value = repeat_kv(t, k_acc, groups), repeat_kv(t, v_acc, groups)
+            key = ops.scale(t, expanded)
+        weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch)
+        del key
+        if mask is not None:
+            weights = ops.add_(t, weights, mask)
+        weights = ops.safe_softmax(t, weights)
+        weights = ops.dropout(t, weights, dropout)
+        _returned = ops.to(t, weights, dtype)
+        out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
+        return ops.to(t, out, dtype)
 
 
 def eager_attention(

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from vramplan import ops
 from vramplan.config import ConfigReader
-from vramplan.families import gemma, gemma2, llama
-from vramplan.families.common import Env, attend, cos_sin
+from vramplan.families import gemma, gemma2
+from vramplan.families.common import Env, attend, cos_sin, rotate_both
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, NormSpec
 from vramplan.tape import Tape, Tensor
@@ -50,7 +50,7 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     v = ops.view(t, m.linears["self_attn.v_proj"](t, x))
     q = gemma.rms_norm(t, m.norms["self_attn.q_norm"], q, env)
     k = gemma.rms_norm(t, m.norms["self_attn.k_norm"], k, env)
-    q, k = llama.rotate_both(t, q, k, env)
+    q, k = rotate_both(t, q, k, env)
     out, weights = attend(t, q, k, v, env)
     out = m.linears["self_attn.o_proj"](t, out)
     t.owner = outer

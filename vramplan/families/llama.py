@@ -14,7 +14,7 @@ from vramplan.families.common import (
     attend,
     rms_norm,
     rotary_prepare,
-    rotate,
+    rotate_both,
 )
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, NormSpec
@@ -87,12 +87,6 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     out = m.linears["self_attn.o_proj"](t, out)
     t.owner = outer
     return out, weights
-
-
-def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor]:
-    """apply_rotary_pos_emb."""
-    assert env.cos is not None and env.sin is not None
-    return rotate(t, q, env.cos, env.sin), rotate(t, k, env.cos, env.sin)
 
 
 def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:

@@ -13,12 +13,26 @@ histories (``profiles/calibrations``).
 from __future__ import annotations
 
 from vramplan.ops.attention import efficient_attention, fused_attention
-from vramplan.ops.base import autocast_weight, cat, copy, promote, slice_, split, to, view
+from vramplan.ops.base import (
+    autocast_weight,
+    cat,
+    copy,
+    expand,
+    index,
+    promote,
+    slice_,
+    split,
+    to,
+    transpose,
+    view,
+)
 from vramplan.ops.elementwise import (
     ACTIVATIONS,
     activation,
     add,
+    add_,
     add_scalar,
+    bloom_gelu,
     dropout,
     gelu_fast,
     gelu_new,
@@ -29,27 +43,43 @@ from vramplan.ops.elementwise import (
     pow_scalar,
     rsqrt,
     scale,
+    scale_,
     tanh,
 )
-from vramplan.ops.matrix import batched_matmul, linear, matmul_4bit, matmul_8bit
-from vramplan.ops.norms import cross_entropy, embedding, layer_norm, softmax
+from vramplan.ops.matrix import (
+    baddbmm,
+    batched_matmul,
+    conv1d,
+    falcon_linear,
+    linear,
+    matmul_4bit,
+    matmul_8bit,
+)
+from vramplan.ops.norms import cross_entropy, embedding, layer_norm, safe_softmax, softmax
 
 __all__ = [
     "ACTIVATIONS",
     "activation",
     "add",
+    "add_",
     "add_scalar",
     "autocast_weight",
+    "baddbmm",
     "batched_matmul",
+    "bloom_gelu",
     "cat",
+    "conv1d",
     "copy",
     "cross_entropy",
     "dropout",
     "efficient_attention",
     "embedding",
+    "expand",
+    "falcon_linear",
     "fused_attention",
     "gelu_fast",
     "gelu_new",
+    "index",
     "keep_input",
     "layer_norm",
     "linear",
@@ -61,11 +91,14 @@ __all__ = [
     "pow_scalar",
     "promote",
     "rsqrt",
+    "safe_softmax",
     "scale",
+    "scale_",
     "slice_",
     "softmax",
     "split",
     "tanh",
     "to",
+    "transpose",
     "view",
 ]

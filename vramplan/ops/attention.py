@@ -79,11 +79,12 @@ def efficient_attention(
     v: Tensor,
     shape: tuple[int, int, int, int, int],
     *,
-    masked: bool,
+    mask: Tensor | None,
 ) -> Tensor:
     """``scaled_dot_product_attention`` by the memory-efficient kernel.
 
-    A boolean mask becomes an additive one in the queries' dtype at every call and is kept.
+    Its rows need a multiple of 16 elements. A boolean mask becomes an additive one in the queries'
+    dtype at every call and is kept; so does an additive one that autocast has to cast.
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``
     (``convert_boolean_attn_mask``), ``cuda/attention.cu``, ``cuda/attention_backward.cu``.
@@ -94,8 +95,11 @@ def efficient_attention(
         q = to(t, q, t.autocast)
     batch, heads, _kv_heads, length, dim = shape
     kept: tuple[Tensor, ...] = (q, k, v)
-    if masked:
-        kept += (t.new(batch * length * length, q.dtype),)
+    if mask is not None:
+        bias = to(t, mask, q.dtype)
+        if length % 16:  # rows are padded
+            bias = t.new(mask.numel // length * (-(-length // 16) * 16), q.dtype)
+        kept += (bias,)
     edges = (q.node, k.node, v.node)
     node = None
     if edges != (None, None, None):

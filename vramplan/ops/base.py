@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vramplan.formats import FP32, Dtype
+from vramplan.formats import FP32, INT64, Dtype
 from vramplan.tape import Node, Param, Tape, Tensor, alias
 from vramplan.timeline import Kind
 
@@ -70,6 +70,14 @@ def _view_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (alias(grad),)
 
 
+def transpose(t: Tape, x: Tensor) -> Tensor:
+    """A transposed view, whose gradient arrives contiguous and is copied back into x's order."""
+    out = Tensor(x.storage, x.numel, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), same_size)
+    return out
+
+
 def _pass(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (grad,)
 
@@ -80,14 +88,49 @@ def same_size(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 
 def slice_(t: Tape, x: Tensor, numel: int) -> Tensor:
-    """``x[..., a:b]``: a view; its gradient is a zero-filled tensor of the whole size."""
+    """``x[..., a:b]``: a view; its gradient is a zero-filled tensor of the whole size.
+
+    Of everything Python's indexing takes no slice but an alias, whose gradient passes through.
+
+    Source: torch 2.11 ``csrc/autograd/python_variable_indexing.cpp``, ``aten/src/ATen/
+    TensorIndexing.h`` (``applySlice``).
+    """
     out = Tensor(x.storage, numel, x.dtype)
     if x.node is not None:
-        out.node = t.node((x.node,), _slice_backward, args=(x.numel,))
+        whole = numel == x.numel
+        out.node = t.node((x.node,), _pass if whole else _slice_backward, args=(x.numel,))
     return out
 
 
 def _slice_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (t.new(node.args[0], grad.dtype),)
+
+
+def expand(t: Tape, x: Tensor, times: int) -> Tensor:
+    """``x.expand(...)`` to ``times`` as many elements: a view; its gradient is summed down."""
+    if times == 1:
+        return x
+    out = Tensor(x.storage, x.numel * times, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), _sum_down, args=(x.numel,))
+    return out
+
+
+def _sum_down(t: Tape, node: Node, grad: Tensor) -> Grads:
+    return (t.new(node.args[0], grad.dtype),)
+
+
+def index(t: Tape, x: Tensor, numel: int) -> Tensor:
+    """``x[..., [i], :]``: gathered by a list, so a copy; its gradient is one of the whole size."""
+    position = t.new(1, INT64)
+    node = None
+    if x.node is not None:
+        node = t.node((x.node,), _index_backward, (position,), (x.numel,))
+    return t.new(numel, x.dtype, node=node)
+
+
+def _index_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.unpack(node.saved[0])
     return (t.new(node.args[0], grad.dtype),)
 
 
@@ -134,6 +177,8 @@ def _cat_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         else Tensor(grad.storage, numel, dtype)
         if dtype is grad.dtype
         else t.new(numel, dtype)
+        if numel
+        else Tensor(None, 0, dtype)  # no elements, no block
         for edge, (numel, dtype) in zip(node.edges, node.args, strict=True)
     ]
 
@@ -143,8 +188,67 @@ def result_of(x: Tensor) -> Tensor:
     return Tensor(x.storage, x.numel, x.dtype)
 
 
+def drop_recomputed(node: Node) -> None:
+    """Release what a checkpoint recomputed for this node, as its formula has returned.
+
+    The engine casts gradients to their inputs' dtypes after that; a tensor kept since the forward
+    pass stays with the node until then.
+
+    Source: torch 2.11 ``torch/utils/checkpoint.py`` (``unpack_hook``), ``csrc/autograd/engine.cpp``
+    (``call_function``, ``evaluate_function``).
+    """
+    node.saved = tuple(saved for saved in node.saved if isinstance(saved, Tensor))
+
+
 def leaf_grad(t: Tape, numel: int, dtype: Dtype, edge: Node | Param | None) -> Tensor | None:
     """A gradient that a parameter may take over; None where nothing asks for it."""
     if edge is None:
         return None
     return t.new(numel, dtype, Kind.GRADIENTS if type(edge) is Param else None)
+
+
+# An H100's; other cards differ in the buffer's size, not in when there is one.
+NUM_MULTIPROCESSORS = 132
+THREADS_PER_MULTIPROCESSOR = 2048
+
+
+def column_sum_bytes(rows: int, columns: int) -> int:
+    """Global memory that summing [rows, columns] over its rows takes for a moment.
+
+    A bias's gradient is such a sum. From 1024 rows on, several thread blocks share a column and
+    leave their parts in a buffer.
+
+    Args:
+        rows: Elements summed into one.
+        columns: Sums; taken as a multiple of 4, as widths of layers are.
+
+    Returns:
+        Bytes; 0 where one block does a column.
+
+    Source: torch 2.11 ``aten/src/ATen/native/cuda/Reduce.cuh`` (``setReduceConfig``,
+    ``global_memory_size``), with fp32 sums; to the byte in recorded histories.
+    """
+    vector = 4
+    threads = 512 // vector
+    width = min(_last_power_of_2(columns // vector), 32)
+    height = min(_last_power_of_2(rows), threads // max(width, 1))
+    values = -(-rows // max(height, 1))
+    if not columns or values < 256:
+        return 0
+    grid = -(-columns // vector // width)
+    target = NUM_MULTIPROCESSORS * (THREADS_PER_MULTIPROCESSOR // (width * height))
+    if grid > target:
+        return 0
+    blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
+    return 4 * columns * blocks * width * vector if blocks > 1 else 0
+
+
+def _last_power_of_2(number: int) -> int:
+    return 1 << (number.bit_length() - 1) if number > 0 else 0
+
+
+def column_sum(t: Tape, rows: int, columns: int) -> None:
+    """The buffer of such a sum, taken and given back."""
+    nbytes = column_sum_bytes(rows, columns)
+    if nbytes:
+        t.scratch(nbytes)

@@ -6,14 +6,36 @@ from collections.abc import Callable
 
 from vramplan.errors import UnknownNameError
 from vramplan.formats import BOOL, FP32, Dtype
-from vramplan.ops.base import Grads, copy, promote, result_of, same_size, to
-from vramplan.tape import BackwardFn, Node, Tape, Tensor
+from vramplan.ops.base import (
+    Grads,
+    column_sum,
+    copy,
+    drop_recomputed,
+    promote,
+    result_of,
+    same_size,
+    to,
+)
+from vramplan.tape import BackwardFn, Node, Param, Tape, Tensor
 
 
-def fit_grad(t: Tape, grad: Tensor, numel: int, dtype: Dtype) -> Tensor:
-    """validate_outputs: sum a broadcast gradient down, then cast it to its input's dtype."""
+def fit_grad(
+    t: Tape, grad: Tensor, numel: int, dtype: Dtype, edge: Node | Param | None = None
+) -> Tensor:
+    """validate_outputs: sum a broadcast gradient down, then cast it to its input's dtype.
+
+    Args:
+        t: The tape.
+        grad: The gradient as it came.
+        numel: Elements of the input.
+        dtype: Its dtype.
+        edge: Where it goes; a parameter was broadcast over rows.
+    """
     if grad.numel != numel:
+        rows = grad.numel // numel
         grad = t.new(numel, grad.dtype)
+        if type(edge) is Param:
+            column_sum(t, rows, numel)
     if grad.dtype is not dtype:
         grad = t.new(numel, dtype)
     return grad
@@ -34,16 +56,18 @@ def _mul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     a_numel, a_dtype, b_numel, b_dtype = node.args
     for saved in node.saved:
         t.unpack(saved)
+        del saved
     a_edge, b_edge = node.edges
     ga = gb = None
     if a_edge is not None:
         ga = t.new(grad.numel, promote(grad.dtype, b_dtype))
     if b_edge is not None:
         gb = t.new(grad.numel, promote(grad.dtype, a_dtype))
+    drop_recomputed(node)
     if ga is not None:
-        ga = fit_grad(t, ga, a_numel, a_dtype)
+        ga = fit_grad(t, ga, a_numel, a_dtype, a_edge)
     if gb is not None:
-        gb = fit_grad(t, gb, b_numel, b_dtype)
+        gb = fit_grad(t, gb, b_numel, b_dtype, b_edge)
     return ga, gb
 
 
@@ -76,6 +100,25 @@ def scale(t: Tape, x: Tensor) -> Tensor:
 
 
 neg = scale
+
+
+def scale_(t: Tape, x: Tensor) -> Tensor:
+    """``x *= 2.0``, ``x /= 2.0``: in place; the gradient is a new tensor."""
+    out = Tensor(x.storage, x.numel, x.dtype)
+    t.moved_bytes += 2 * x.numel * x.dtype.size
+    if x.node is not None:
+        out.node = t.node((x.node,), same_size)
+    return out
+
+
+def add_(t: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """``a += b``: in place, hands the same gradient to both."""
+    out = Tensor(a.storage, a.numel, a.dtype)
+    t.moved_bytes += 2 * a.numel * a.dtype.size + b.numel * b.dtype.size
+    if a.node is not None or b.node is not None:
+        args = (a.numel, a.dtype, b.numel, b.dtype)
+        out.node = t.node((a.node, b.node), _add_backward, args=args)
+    return out
 
 
 def add_scalar(t: Tape, x: Tensor) -> Tensor:
@@ -175,6 +218,52 @@ def gelu_fast(t: Tape, x: Tensor) -> Tensor:
         scale(t, x),
         add_scalar(t, tanh(t, mul(t, scale(t, x), add_scalar(t, mul(t, scale(t, x), x))))),
     )
+
+
+def bloom_gelu(t: Tape, x: Tensor) -> Tensor:
+    """BloomGelu: an autograd.Function that keeps its input and works out everything again.
+
+    ``x * 0.5 * (1.0 + tanh(c * x * (1 + 0.044715 * x * x)))``
+
+    Source: transformers 5.17 ``models/bloom/modeling_bloom.py`` (``GeLUFunction``).
+    """
+    plain = Tensor(x.storage, x.numel, x.dtype)  # forward of a Function records nothing
+    out = mul(
+        t,
+        scale(t, plain),
+        add_scalar(t, tanh(t, _bloom_gelu_inner(t, plain))),
+    )
+    if x.node is not None:
+        node = t.node((x.node,), _bloom_gelu_backward)
+        node.saved = t.save((x,))
+        out.node = node
+    return out
+
+
+def _bloom_gelu_inner(t: Tape, x: Tensor) -> Tensor:
+    """``0.79788456 * x * (1 + 0.044715 * x * x)``."""
+    return mul(t, scale(t, x), add_scalar(t, mul(t, scale(t, x), x)))
+
+
+def _bloom_gelu_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    """bloom_gelu_back, line by line."""
+    saved = t.unpack(node.saved[0])
+    x = Tensor(saved.storage, saved.numel, saved.dtype)
+    tanh_out = tanh(t, _bloom_gelu_inner(t, x))
+    ff = add(
+        t,
+        mul(
+            t,
+            scale(t, x),
+            mul(
+                t,
+                add_scalar(t, mul(t, tanh_out, tanh_out)),
+                add_scalar(t, mul(t, scale(t, x), x)),
+            ),
+        ),
+        scale(t, add_scalar(t, tanh_out)),
+    )
+    return (mul(t, ff, grad),)
 
 
 ACTIVATIONS: dict[str, Callable[[Tape, Tensor], Tensor]] = {

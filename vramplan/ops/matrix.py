@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vramplan.formats import Dtype
-from vramplan.ops.base import Grads, autocast_weight, copy, leaf_grad, to
+from vramplan.ops.base import Grads, autocast_weight, column_sum, copy, leaf_grad, to, view
+from vramplan.ops.elementwise import add
 from vramplan.tape import Node, Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind
 
@@ -19,6 +20,37 @@ def linear(
     w = autocast_weight(t, weight)
     if t.autocast is not None:
         x = to(t, x, t.autocast)
+    return _product(t, x, w, b, rows, columns)
+
+
+def conv1d(t: Tape, x: Tensor, weight: Param, bias: Param, rows: int, columns: int) -> Tensor:
+    """Transformers' Conv1D: ``addmm`` of x [tokens, columns] and weight [columns, rows]."""
+    w = autocast_weight(t, weight)
+    if t.autocast is not None:
+        x = to(t, x, t.autocast)
+    b = autocast_weight(t, bias)
+    return _product(t, x, w, b, rows, columns)
+
+
+def falcon_linear(
+    t: Tape, x: Tensor, weight: Param, bias: Param | None, rows: int, columns: int
+) -> Tensor:
+    """FalconLinear: ``x @ weight.T``, then the bias added on its own.
+
+    Autocast sees a view of the weight, not the leaf, and so casts it anew each time.
+
+    Source: transformers 5.17 ``models/falcon/modeling_falcon.py``.
+    """
+    w = view(t, weight)
+    if t.autocast is not None:
+        w = to(t, w, t.autocast)
+        x = to(t, x, t.autocast)
+    out = _product(t, x, w, None, rows, columns)
+    return out if bias is None else add(t, out, bias)
+
+
+def _product(t: Tape, x: Tensor, w: Tensor, b: Tensor | None, rows: int, columns: int) -> Tensor:
+    """``addmm`` or ``mm`` of an activation and a weight, both cast already."""
     tokens = x.numel // columns
     t.flops += 2 * tokens * rows * columns
     t.moved_bytes += (x.numel + rows * columns) * x.dtype.size
@@ -27,7 +59,9 @@ def linear(
     if edges != (None, None, None):
         saved = ((x,) if edges[1] is not None else ()) + ((w,) if edges[0] is not None else ())
         node = t.node(edges, _linear_backward, saved, (tokens, rows, columns))
-    return t.new(tokens * rows, x.dtype, node=node)
+    out = t.new(tokens * rows, x.dtype, node=node)
+    t.use("cublas" if b is None else "cublaslt")
+    return out
 
 
 def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -38,12 +72,17 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     gx = gw = None
     if b_edge is None:  # mm computes mat2's gradient first, addmm mat1's
         gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
+        if gw is not None:
+            t.use("cublas")
     if x_edge is not None:
         gx = t.new(tokens * columns, grad.dtype, Kind.ACTIVATION_GRADIENTS)
+        t.use("cublas")
     if b_edge is not None:
         gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
     t.flops += 2 * tokens * rows * columns * ((gx is not None) + (gw is not None))
     gb = leaf_grad(t, rows, grad.dtype, b_edge)
+    if gb is not None:
+        column_sum(t, tokens, rows)
     for viewed in (gx, gw):  # reshaped, transposed
         if viewed is not None:
             viewed.aliased = True
@@ -79,7 +118,9 @@ def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch:
         saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
         args = (a.numel, b.numel, inner)
         node = t.node((a.node, b.node), _matmul_backward, saved, args)
-    return t.new(numel, a.dtype, node=node)
+    out = t.new(numel, a.dtype, node=node)
+    t.use("cublas")
+    return out
 
 
 def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -93,8 +134,54 @@ def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return ga, gb
 
 
+def baddbmm(t: Tape, bias: Tensor, a: Tensor, b: Tensor, numel: int, inner: int) -> Tensor:
+    """``bias.baddbmm(a, b, alpha=...)`` with a bias that is not trained.
+
+    Args:
+        t: The tape.
+        bias: What is added, broadcast.
+        a: First operand [batch x heads, rows, inner].
+        b: Second operand [batch x heads, inner, columns].
+        numel: Elements of the result.
+        inner: Contracted dimension.
+    """
+    if t.autocast is not None:
+        b = to(t, b, t.autocast)
+        a = to(t, a, t.autocast)
+        bias = to(t, bias, t.autocast)
+    t.flops += 2 * numel * inner
+    node = None
+    if a.node is not None or b.node is not None:
+        saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
+        node = t.node((a.node, b.node), _baddbmm_backward, saved, (a.numel, b.numel, inner))
+    return t.new(numel, a.dtype, node=node)
+
+
+def _baddbmm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    a_numel, b_numel, inner = node.args
+    for saved in node.saved:
+        t.unpack(saved)
+    grads: list[Tensor | None] = []
+    for edge, numel in zip(node.edges, (a_numel, b_numel), strict=True):
+        if edge is None:
+            grads.append(None)
+            continue
+        product = t.new(numel, grad.dtype)
+        grads.append(t.new(numel, grad.dtype))  # times alpha
+        del product
+        t.flops += 2 * grad.numel * inner
+    return grads
+
+
 def matmul_4bit(
-    t: Tape, x: Tensor, rows: int, columns: int, dequantised: Sequence[int], stored: Dtype
+    t: Tape,
+    x: Tensor,
+    rows: int,
+    columns: int,
+    dequantised: Sequence[int],
+    stored: Dtype,
+    *,
+    biased: bool = False,
 ) -> Tensor:
     """Bitsandbytes' ``MatMul4Bit`` on x [tokens, columns] in the compute dtype.
 
@@ -106,12 +193,14 @@ def matmul_4bit(
         dequantised: Bytes of the tensors that a forward call dequantises into first (the hidden
             workspace); empty where the fused kernel runs.
         stored: dtype that backward dequantises to before casting to the gradient's.
+        biased: Whether it adds a bias.
 
     Source: bitsandbytes 0.50.2 ``autograd/_functions.py``, ``backends/cuda/ops.py``.
     """
     tokens = x.numel // columns
     hidden = [t.scratch(nbytes) for nbytes in dequantised]
     out = t.new(tokens * rows, x.dtype)
+    t.use("cublaslt" if biased else "cublas")
     del hidden
     t.flops += 2 * tokens * rows * columns
     t.moved_bytes += rows * columns // 2 + x.numel * x.dtype.size

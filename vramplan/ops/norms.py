@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from vramplan.formats import FP32, INT64, Dtype
+from vramplan.formats import BOOL, FP16, FP32, INT64, Dtype
 from vramplan.ops.base import Grads, leaf_grad, result_of, to
 from vramplan.tape import Node, Param, Tape, Tensor
 from vramplan.timeline import Kind
 
 
-def layer_norm(t: Tape, x: Tensor, weight: Param, bias: Param | None, groups: int) -> Tensor:
-    """``F.layer_norm``: autocast runs it, weights included, in fp32."""
+def layer_norm(
+    t: Tape,
+    x: Tensor,
+    weight: Param,
+    bias: Param | None,
+    groups: int,
+    *,
+    contiguous: bool = True,
+) -> Tensor:
+    """``F.layer_norm``: autocast runs it, weights included, in fp32.
+
+    Args:
+        t: The tape.
+        x: Input.
+        weight: Scale.
+        bias: Shift, if the norm has one.
+        groups: Rows that are normalised, each over its own elements.
+        contiguous: Whether x is contiguous; if not, each kernel copies it for its own use and the
+            node keeps the original.
+
+    Source: torch 2.11 ``aten/src/ATen/native/cuda/layer_norm_kernel.cu`` (``expect_contiguous``).
+    """
     if t.autocast is not None:
         x = to(t, x, FP32)
     w = to(t, weight, FP32) if t.autocast is not None else weight
@@ -17,10 +37,12 @@ def layer_norm(t: Tape, x: Tensor, weight: Param, bias: Param | None, groups: in
     edges = (x.node, w.node, b.node if b is not None else None)
     node = None
     if edges != (None, None, None):
-        node = t.node(edges, _layer_norm_backward, (x, w))
+        node = t.node(edges, _layer_norm_backward, (x, w), (contiguous,))
+    own = None if contiguous else t.new(x.numel, x.dtype)
     out = t.new(x.numel, x.dtype, node=node)
     mean_ = t.new(groups, FP32)
     rstd = t.new(groups, FP32)
+    del own
     if node is not None:
         node.saved += t.save((mean_, rstd))
     return out
@@ -28,21 +50,24 @@ def layer_norm(t: Tape, x: Tensor, weight: Param, bias: Param | None, groups: in
 
 def _layer_norm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     x, w, _mean, _rstd = [t.unpack(saved) for saved in node.saved]
+    (contiguous,) = node.args
+    own = None if contiguous else t.new(x.numel, x.dtype)
     gx = t.new(x.numel, x.dtype) if node.edges[0] is not None else None
     gw = leaf_grad(t, w.numel, w.dtype, node.edges[1])
     gb = leaf_grad(t, w.numel, w.dtype, node.edges[2])
+    del own
     return gx, gw, gb
 
 
 def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
     """``F.softmax(x, dtype=...)``: keeps its result; in fp32 under autocast."""
-    in_dtype = x.dtype
     if dtype is None:
-        if t.autocast is not None:
-            x = to(t, x, FP32)
-            in_dtype = FP32
-        dtype = x.dtype
-    node = t.node((x.node,), _softmax_backward, (), (in_dtype,)) if x.node is not None else None
+        dtype = x.dtype if t.autocast is None else FP32
+        source = to(t, x, dtype)
+    else:  # half to float alone is one kernel
+        source = x if x.dtype is FP16 and dtype is FP32 else to(t, x, dtype)
+    args = (source.dtype,)
+    node = t.node((source.node,), _softmax_backward, (), args) if source.node is not None else None
     out = t.new(x.numel, dtype, node=node)
     if node is not None:
         node.saved = t.save((result_of(out),))
@@ -51,19 +76,54 @@ def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
 
 def _softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     result = t.unpack(node.saved[0])
+    gx = t.new(result.numel, node.args[0])
+    t.scratch(result.numel * result.dtype.size, node.kind)  # softmax_backward_data: grad * result
+    return (gx,)
+
+
+def _log_softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    result = t.unpack(node.saved[0])
     return (t.new(result.numel, node.args[0]),)
 
 
-def embedding(t: Tape, weight: Param, num_tokens: int, width: int) -> Tensor:
-    """``F.embedding``: rows gathered; the gradient of the table is dense."""
-    out = t.new(num_tokens * width, weight.dtype)
-    if weight.node is not None:
-        out.node = t.node((weight,), _embedding_backward, args=(weight.numel, num_tokens))
+def safe_softmax(t: Tape, x: Tensor) -> Tensor:
+    """``_safe_softmax``: softmax, then zeros where a whole row is masked away.
+
+    Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
+    """
+    node = t.node((x.node,), _softmax_backward, (), (x.dtype,)) if x.node is not None else None
+    plain = t.new(x.numel, x.dtype)
+    masked = t.new(x.numel, BOOL)
+    out = t.new(x.numel, x.dtype, node=node)
+    del plain, masked
+    if node is not None:
+        node.saved = t.save((result_of(out),))
     return out
+
+
+def embedding(
+    t: Tape, weight: Param, num_tokens: int, width: int, indices: Tensor | None = None
+) -> Tensor:
+    """``F.embedding``: rows gathered; the gradient of the table is dense.
+
+    Args:
+        t: The tape.
+        weight: The table.
+        num_tokens: Rows to gather.
+        width: Elements of a row.
+        indices: What the node keeps, where nobody else keeps it as the batch keeps input_ids.
+    """
+    node = None
+    if weight.node is not None:
+        kept = () if indices is None else (indices,)
+        node = t.node((weight,), _embedding_backward, kept, (weight.numel, num_tokens))
+    return t.new(num_tokens * width, weight.dtype, node=node)
 
 
 def _embedding_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     numel, num_tokens = node.args
+    for saved in node.saved:
+        t.unpack(saved)
     gw = t.new(numel, grad.dtype, Kind.GRADIENTS)
     # embedding_dense_backward_cuda sorts the indices above 3072 of them
     if num_tokens > 3072:
@@ -80,7 +140,7 @@ def cross_entropy(t: Tape, logits: Tensor, labels: Tensor) -> Tensor:
     log_probs = t.new(logits.numel, logits.dtype)
     if logits.node is not None:
         kept = (result_of(log_probs),)
-        log_probs.node = t.node((logits.node,), _softmax_backward, kept, (logits.dtype,))
+        log_probs.node = t.node((logits.node,), _log_softmax_backward, kept, (logits.dtype,))
     loss = t.new(1, logits.dtype)
     total_weight = t.new(1, logits.dtype)
     if log_probs.node is not None:

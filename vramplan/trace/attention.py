@@ -52,22 +52,57 @@ def scaled_dot_product_attention(
         value, key, query = value.to(dtype), key.to(dtype), query.to(dtype)
     grouped = query.shape[1] != key.shape[1]
     if query.dtype not in (torch.bfloat16, torch.float16) and grouped:
-        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and attn_mask is None and capability >= (8, 0):
-        return Fused.apply(query, key, value, books, capability >= (9, 0))
+    fits = enable_gqa or not grouped
+    if half and attn_mask is None and fits and capability >= (8, 0):
+        cudnn = capability >= (9, 0) and (dropout_p * 16).is_integer()
+        return Fused.apply(query, key, value, books, cudnn)
     if grouped:
-        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if attn_mask is not None:
         attn_mask = _bias(attn_mask, query)
     return Efficient.apply(query, key, value, attn_mask, books)
 
 
-def _plain(q: Any, k: Any, v: Any, mask: Any, p: float, causal: bool, scale: float | None) -> Any:
-    """``_scaled_dot_product_attention_math``, which is written in terms of other operations."""
-    return torch.ops.aten._scaled_dot_product_attention_math(
-        q, k, v, mask, p, causal, None, scale=scale, enable_gqa=True
-    )[0]
+def _plain(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    p: float,
+    causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Any:
+    """``_scaled_dot_product_attention_math``, line by line; autocast is off inside.
+
+    PyTorch's own adds the mask out of place for tensor subclasses, as fake tensors are.
+    """
+    with torch.autocast("cpu", enabled=False):
+        dtype = q.dtype
+        if mask is not None and mask.dtype is torch.bool:
+            mask = torch.empty_like(mask, dtype=dtype)
+        half = dtype in (torch.bfloat16, torch.float16)
+        q_acc, k_acc, v_acc = (q.float(), k.float(), v.float()) if half else (q, k, v)
+        factor = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+        query = q_acc * factor
+        if causal:
+            rows, columns = query.shape[-2], k_acc.shape[-2]
+            allowed = torch.ones(rows, columns, dtype=torch.bool).tril()
+            mask = torch.empty_like(allowed, dtype=query.dtype)
+        key, value = k_acc, v_acc
+        if enable_gqa:
+            groups = q.shape[1] // k.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        weights = torch.matmul(query, key.transpose(-2, -1) * factor)
+        if mask is not None:
+            weights.add_(mask)
+        weights = torch.ops.aten._safe_softmax(weights, -1)
+        if p > 0:
+            weights = torch.native_dropout(weights, p, True)[0]
+        _returned = weights.to(dtype)
+        return torch.matmul(weights, value).to(dtype)
 
 
 def _bias(mask: Any, query: Any) -> Any:

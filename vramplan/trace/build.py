@@ -11,7 +11,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,23 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
+from vramplan.config import MAX_LAYERS, ConfigReader
+from vramplan.errors import ConfigError
 from vramplan.job import Job
 from vramplan.units import round_block
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# keys that name code, files or kernels to fetch, or that the job decides
+IGNORED = frozenset(
+    ("torch_dtype", "dtype", "auto_map", "quantization_config", "attn_implementation",
+     "_attn_implementation", "_name_or_path", "experts_implementation")
+)  # fmt: skip
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+SIZES = (
+    "hidden_size", "n_embd", "d_model", "vocab_size", "intermediate_size", "n_inner", "ffn_dim",
+    "num_attention_heads", "n_head", "num_key_value_heads", "max_position_embeddings",
+    "n_positions", "head_dim", "num_local_experts", "num_experts",
+)  # fmt: skip
 META = torch.device("meta")
 QUANTISED = ("Params4bit", "Int8Params")
 
@@ -40,26 +53,71 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def build(config: Mapping[str, Any], job: Job) -> Any:
+def build(
+    config: Mapping[str, Any],
+    job: Job,
+    where: str = "config",
+    change: Callable[[Any], None] = lambda _config: None,
+) -> Any:
     """The prepared model of a job, on meta.
 
     Args:
         config: Values of a config.json; its code, if it names any, is never run.
         job: Method, dtype, quantisation, adapters and attention.
+        where: How to name the config in errors.
+        change: Called with the config before the model is made of it.
+
+    Raises:
+        ConfigError: If transformers cannot make a model of the config.
     """
-    values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "auto_map")}
+    with quiet():
+        model = base_model(config, job, where, change)
+        if job.method == "qlora":
+            quantise(model, job)
+        return model if job.method == "full" else _with_adapters(model, job)
+
+
+def base_model(
+    config: Mapping[str, Any],
+    job: Job,
+    where: str,
+    change: Callable[[Any], None] = lambda _config: None,
+) -> Any:
+    """The model before quantisation and adapters, on meta.
+
+    Raises:
+        ConfigError: If transformers cannot make a model of the config.
+    """
+    check_config(config, where)
+    values = {key: value for key, value in config.items() if key not in IGNORED}
     options: dict[str, Any] = {"dtype": DTYPES[job.dtype]}
     if job.attn_implementation:
         options["attn_implementation"] = job.attn_implementation
-    with quiet():
+    try:
         hf_config = AutoConfig.for_model(**values)
+        change(hf_config)
         with META:
-            model = AutoModelForCausalLM.from_config(hf_config, **options)
-        if job.method == "qlora":
-            quantise(model, job)
-        if job.method == "full":
-            return model
-        return _with_adapters(model, job)
+            return AutoModelForCausalLM.from_config(hf_config, **options)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{where}: transformers cannot make a model of it: {reason}") from None
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that no model has before anything is built of them.
+
+    Raises:
+        ConfigError: If a size is not one, or model_type is missing.
+    """
+    reader = ConfigReader(config, where)
+    if not isinstance(config.get("model_type"), str):
+        raise ConfigError(f"{where}: model_type is missing; is this a transformers config.json?")
+    for name in LAYER_COUNTS:
+        if config.get(name) is not None:
+            reader.size(name, top=MAX_LAYERS)
+    for name in SIZES:
+        if config.get(name) is not None:
+            reader.size(name)
 
 
 def _with_adapters(model: Any, job: Job) -> Any:

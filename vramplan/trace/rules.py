@@ -17,12 +17,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._meta_registrations as meta
 import transformers.utils.import_utils as hf_imports
 from bitsandbytes import functional as bnb_functional
+from bitsandbytes.autograd import _functions as bnb_autograd
 from bitsandbytes.optim import optimizer as bnb_optimizer
 from torch.overrides import TorchFunctionMode
 
-from vramplan.job import Job
 from vramplan.layers import FUSED_MAX_TOKENS
 from vramplan.trace.attention import scaled_dot_product_attention
 from vramplan.trace.tracker import Books, Hidden
@@ -38,28 +39,39 @@ RULES = {
     "fp32 list": "CUDA's autocast runs other operations in fp32 than the CPU's "
     "(aten/src/ATen/autocast_mode.h, AT_FORALL_FP32)",
     "opt dtype list": "softmax, sum and others get dtype=float32 from CUDA's autocast "
-    "(AT_FORALL_FP32_SET_OPT_DTYPE)",
+    "(aten/src/ATen/autocast_mode.h, AT_FORALL_FP32_SET_OPT_DTYPE)",
     "promote list": "the CPU's autocast promotes cat and stack with copies; CUDA's does not, "
-    "and promotes index_put and others (AT_FORALL_PROMOTE)",
+    "and promotes index_put and others (aten/src/ATen/autocast_mode.h)",
     "autocast is on": "torch.is_autocast_enabled() without a device asks about CUDA "
     "(torch/csrc/autograd/init.cpp)",
-    "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA, a cast and a "
-    "softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
+    "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA for fp16, not "
+    "for bf16; a cast and a softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
     "fused dropout": "native_dropout with a byte mask on CUDA (aten/src/ATen/native/Dropout.cpp)",
+    "layers kept": "OPT skips a layer when torch.rand([]) < layerdrop; the number is on the host "
+    "and taken as 1.0 (transformers/models/opt/modeling_opt.py)",
     "attention kernel": "which one CUDA picks and what it keeps (vramplan/trace/attention.py)",
     "full sequences": "tests on the attention mask are answered as for a mask of ones; "
     "transformers' masking_utils.py otherwise takes fake tensors for an export",
+    "safe softmax": "_safe_softmax looks for rows that are masked away with a softmax and a byte "
+    "mask of its own (aten/src/ATen/native/transformers/attention.cpp)",
     "dequantised weight": "gemm_4bit dequantises scales and weight first "
     "(bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback)",
+    "LLM.int8": "a CPU trains by dequantised weights, CUDA by int8 products; no outlier columns "
+    "(bitsandbytes/autograd/_functions.py, backends/cuda/ops.py, backends/default/ops.py)",
     "sorted embedding": "embedding_dense_backward sorts its indices above 3072 of them "
     "(aten/src/ATen/native/cuda/Embedding.cu)",
+    "grouped product": "fp32 and fp16 operands fall back to a loop on CUDA; the meta kernel "
+    "refuses them (aten/src/ATen/native/cuda/GroupedBlas.cpp, torch/_meta_registrations.py)",
+    "softmax gradient": "the gradient of softmax begins with grad * result in a tensor of its own "
+    "(aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out)",
     "foreach norm": "partial sums of the norms of all gradients "
     "(aten/src/ATen/native/cuda/ForeachReduceOp.cu)",
     "foreach by default": "torch's optimizers and clip_grad_norm_ pick foreach on CUDA, loops on "
     "the CPU (torch/optim/optimizer.py, _default_to_fused_or_foreach)",
     "paged state": "get_paged, fill and prefetch_tensor work in managed memory, outside the "
     "allocator (bitsandbytes/functional.py); optimizers page from 100,000 elements",
-    "host step counter": "foreach optimizers keep their step counters on the host",
+    "host step counter": "foreach optimizers keep their step counters on the host "
+    "(torch/optim/adamw.py, _init_group)",
     "cuBLAS workspaces": "one a thread (vramplan/estimate.py, num_cublaslt_threads)",
 }
 
@@ -165,6 +177,8 @@ class CudaFunctions(TorchFunctionMode):  # type: ignore[misc]
                     return func(*args, **kwargs)
         if name in ("softmax", "log_softmax"):
             return _softmax(func, name, args, kwargs)
+        if name == "rand" and args == ([],):
+            return 1.0
         if name == "dropout":
             return _dropout(func, *args, **kwargs)
         return func(*args, **kwargs)
@@ -173,7 +187,7 @@ class CudaFunctions(TorchFunctionMode):  # type: ignore[misc]
 def _softmax(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """``softmax(half, dtype=float32)``: one kernel."""
     dtype = kwargs.get("dtype")
-    if not _is_half(args[0]) or dtype is not torch.float32:
+    if args[0].dtype is not torch.float16 or dtype is not torch.float32:
         return func(*args, **kwargs)
     dim = kwargs["dim"] if "dim" in kwargs else args[1]
     kernel = torch._softmax if name == "softmax" else torch._log_softmax
@@ -192,7 +206,7 @@ def _dropout(
 # -- inside kernels --------------------------------------------------------------------------------
 
 
-def hidden_bytes(job: Job) -> dict[Any, Hidden]:
+def hidden_bytes(books: Books) -> dict[Any, Hidden]:
     """What CUDA kernels take for themselves while they run."""
 
     def gemm_4bit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -207,24 +221,55 @@ def hidden_bytes(job: Job) -> dict[Any, Hidden]:
         count = args[1].numel()
         return [count * 8] * 3 if count > SORTED_EMBEDDING_TOKENS else []
 
+    def softmax_gradient(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * args[0].element_size()]
+
     def foreach_norm(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         chunks = max(-(-tensor.numel() // FOREACH_CHUNK) for tensor in args[0])
-        return [len(args[0]) * chunks * 4]
+        return [sum(map(books.copies, args[0])) * chunks * 4]
+
+    def safe_softmax(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * args[0].element_size(), args[0].numel()]
+
+    def int8_quant(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * 2, args[0].numel()]  # absolute values, which are outliers
+
+    def int8_product(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        x, _, weight = args[:3]
+        numel = x.numel() // x.shape[-1] * weight.shape[0]
+        return [numel * 4, 0 if x.dtype is torch.float16 else numel * 2]
 
     return {
+        aten._safe_softmax.default: safe_softmax,
+        torch.ops.bitsandbytes.int8_vectorwise_quant.default: int8_quant,
+        torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
         torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
         aten.embedding_dense_backward.default: embedding_backward,
+        aten._softmax_backward_data.default: softmax_gradient,
         aten._foreach_norm.Scalar: foreach_norm,
     }
 
 
 def answers() -> dict[Any, Callable[..., Any]]:
-    """Questions about contents: a mask of ones passes every test."""
+    """What depends on contents: a mask of ones passes every test, no column is an outlier."""
 
     def scalar(tensor: Any) -> Any:
         return True if tensor.dtype is torch.bool else 1
 
-    return {aten._local_scalar_dense.default: scalar}
+    def int8_quant(x: Any, threshold: float = 0.0) -> Any:
+        rows = x.numel() // x.shape[-1]
+        scales = torch.empty(rows, dtype=torch.float32)
+        return torch.empty(x.shape, dtype=torch.int8), scales, torch.empty(0, dtype=torch.int64)
+
+    def int8_product(x: Any, _quantised: Any, weight: Any, *_rest: Any) -> Any:
+        out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+        return out, torch.empty(0, dtype=x.dtype)
+
+    return {
+        aten._local_scalar_dense.default: scalar,
+        torch.ops.bitsandbytes.int8_vectorwise_quant.default: int8_quant,
+        torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
+    }
 
 
 # -- managed memory --------------------------------------------------------------------------------
@@ -240,7 +285,7 @@ class PagedBooks:
         """Optimizer8bit.get_state_buffer on a CUDA parameter."""
         buffer = torch.zeros_like(p, dtype=dtype)
         if optimizer.is_paged and p.numel() >= 1e5:
-            self.nbytes += buffer.numel() * buffer.element_size()
+            self.nbytes += buffer.numel() * buffer.element_size() * self.books.copies(p)
             self.books.forget(buffer)
             buffer.is_paged = True
         return buffer
@@ -261,14 +306,22 @@ def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]
     def nothing(*_args: Any, **_kwargs: Any) -> None:
         return None
 
+    def grouped_mm(
+        a: Any, b: Any, *, scale_a: Any, scale_b: Any, offs: Any, bias: Any, scale_result: Any,
+        out_dtype: Any,
+    ) -> Any:  # fmt: skip
+        return meta._create_grouped_mm_output_tensor(a, b, offs, out_dtype)
+
     with ExitStack() as stack:
         for where, name, value in (
             (torch, "is_autocast_enabled", is_autocast_enabled),
+            (meta, "_meta_grouped_mm_common", grouped_mm),
             (hf_imports, "is_fake_tensor", lambda _x: False),
             (bnb_optimizer.Optimizer8bit, "get_state_buffer", get_state_buffer),
             (bnb_optimizer, "sync_gpu", nothing),
             (bnb_functional, "prefetch_tensor", nothing),
             (bnb_functional, "is_on_gpu", nothing),
+            (bnb_autograd, "MatMul8bitFp", bnb_autograd.MatMul8bitLt),
         ):
             stack.enter_context(patch.object(where, name, value))
         stack.enter_context(CudaFunctions(books, capability))

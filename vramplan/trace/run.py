@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
 
 from vramplan.estimate import (
     CUBLAS_WORKSPACE,
@@ -24,13 +25,15 @@ from vramplan.estimate import (
 )
 from vramplan.job import Job
 from vramplan.names import holder_of, owner_of
-from vramplan.timeline import Kind, Phase, Section, Timeline
-from vramplan.trace.build import DTYPES, build, make_fake, quant_tensors, quiet
+from vramplan.timeline import Kind, Phase, Timeline
+from vramplan.trace.build import DTYPES, base_model, build, make_fake, quant_tensors, quiet
+from vramplan.trace.fold import CUT, MIDDLE, can_fold, cut_config, layers_of, timelines
 from vramplan.trace.optimizers import make_optimizer
 from vramplan.trace.rules import answers, corrected, hidden_bytes, sums_in_place
 from vramplan.trace.tracker import Books, Tracker, watch_modules
 
 NUM_STEPS = 2
+DIMENSIONS = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,9 @@ class Trace:
         paged_bytes: Optimizer state in managed memory.
         num_trainable: Trainable parameters.
         num_parameters: Parameters of the base model, tied ones once.
+        family: ``model_type`` of the config.
+        attn_implementation: The attention that transformers chose.
+        dimensions: Layers, hidden size, vocabulary and positions; None where the config has none.
     """
 
     timeline: Timeline
@@ -52,10 +58,18 @@ class Trace:
     paged_bytes: int
     num_trainable: int
     num_parameters: int
+    family: str
+    attn_implementation: str
+    dimensions: dict[str, int | None]
 
 
 def trace(
-    config: Mapping[str, Any], job: Job, *, capability: tuple[int, int] = DEFAULT_CAPABILITY
+    config: Mapping[str, Any],
+    job: Job,
+    *,
+    capability: tuple[int, int] = DEFAULT_CAPABILITY,
+    where: str = "config",
+    fold: bool = True,
 ) -> Trace:
     """Run two steps of a job on fake tensors.
 
@@ -63,27 +77,45 @@ def trace(
         config: Values of a config.json; code that it may name is never run.
         job: The job.
         capability: Compute capability of the card that it stands for.
+        where: How to name the config in errors.
+        fold: Trace equal layers once; otherwise every layer, which takes longer.
 
     Returns:
         Its timeline and numbers, in bytes.
+
+    Raises:
+        ConfigError: If transformers cannot make a model of the config.
     """
-    return Run(config, job, capability).perform()
+    if fold:
+        with quiet():
+            whole = base_model(config, job, where)
+        if can_fold(whole):
+            repeats = whole.config.num_hidden_layers - CUT + 1
+            return Run(build(config, job, where, cut_config), job, capability, repeats).perform()
+    return Run(build(config, job, where), job, capability, 1).perform()
 
 
 class Run:
-    """One trace."""
+    """One trace.
 
-    def __init__(self, config: Mapping[str, Any], job: Job, capability: tuple[int, int]) -> None:
-        self.job, self.capability = job, capability
+    Args:
+        model: The prepared model on meta.
+        job: The job.
+        capability: Compute capability of the card.
+        repeats: How many layers the middle one of a cut model stands for; 1 if it is whole.
+    """
+
+    def __init__(self, model: Any, job: Job, capability: tuple[int, int], repeats: int) -> None:
+        self.model, self.job, self.capability, self.repeats = model, job, capability, repeats
         self.books = Books()
-        self.model: Any = build(config, job)
-        self.vocab_size = int(self.model.config.vocab_size)
-        self.in_loss = False
+        self.books.repeats = repeats
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.books.layers_path = layers_of(base)[0] + "."
 
     def perform(self) -> Trace:
         """Load, then two steps."""
         books = self.books
-        tracker = Tracker(books, hidden_bytes(self.job), answers())
+        tracker = Tracker(books, hidden_bytes(books), answers())
         tracker.in_place_sum = sums_in_place
         with ExitStack() as stack:
             stack.enter_context(quiet())
@@ -91,30 +123,39 @@ class Run:
             stack.enter_context(tracker)
             paged = stack.enter_context(corrected(books, self.capability))
             self._load()
-            ready = books.live_bytes
             self._prepare()
-            start = 0
             for _ in range(NUM_STEPS):
-                start = len(books.entries)
+                books.step += 1
                 self._step()
             books.recording = False
-        parameters = list(self.model.parameters())
+        whole, steady = timelines(books, self.repeats, NUM_STEPS)
+        config = self.model.config
+        dimensions = {name: getattr(config, name, None) for name in DIMENSIONS}
+        dimensions["num_hidden_layers"] = self.num_layers
         return Trace(
-            timeline=Timeline((Section(books.events()),)),
-            ready_bytes=ready,
-            peak_allocated_bytes=self._peak_from(start),
+            timeline=whole,
+            ready_bytes=_loaded(whole),
+            peak_allocated_bytes=steady.peak().nbytes,
             paged_bytes=paged.nbytes,
-            num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            num_trainable=sum(self._count(n, p) for n, p in self.trained),
             num_parameters=self.num_parameters,
+            family=config.model_type,
+            attn_implementation=config._attn_implementation,
+            dimensions=dimensions,
         )
 
-    def _peak_from(self, start: int) -> int:
-        live = top = 0
-        for index, (block, sign, _phase) in enumerate(self.books.entries):
-            live += sign * block.nbytes
-            if index >= start:
-                top = max(top, live)
-        return top
+    @property
+    def num_layers(self) -> int | None:
+        """Decoder layers of the real model."""
+        count: int | None = getattr(self.model.config, "num_hidden_layers", None)
+        return count + self.repeats - 1 if count is not None else None
+
+    def _count(self, name: str, parameter: Any) -> int:
+        """Elements of a parameter in the real model."""
+        state = getattr(parameter, "quant_state", None)
+        numel: int = (state.shape if state is not None else parameter.shape).numel()
+        middle = self.books.layer_of(owner_of(name)) == MIDDLE
+        return numel * (self.repeats if middle else 1)
 
     # -- before training -------------------------------------------------------------------------
 
@@ -123,7 +164,10 @@ class Run:
         make_fake(model)
         trained = Kind.ADAPTERS if self.job.method != "full" else Kind.WEIGHTS
         named = list(model.named_parameters())
-        self.num_parameters = _base_parameters(named)
+        self.books.leaves = {id(p): owner_of(n) for n, p in named}
+        self.num_parameters = sum(
+            self._count(n, p) for n, p in named if "lora_" not in n and "modules_to_save" not in n
+        )
         label = self.books.label
         label((p, trained if p.requires_grad else Kind.WEIGHTS, owner_of(n)) for n, p in named)
         label((t, Kind.WEIGHTS, owner_of(n)) for n, p in named for t in quant_tensors(p))
@@ -132,6 +176,9 @@ class Run:
     def _prepare(self) -> None:
         books, job, model = self.books, self.job, self.model
         books.phase = Phase.PREPARE
+        self.total_loss = torch.zeros(())  # Trainer._tr_loss
+        self.loss: Any = None
+        self.grad_norm: Any = None
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._workspaces()
         if job.gradient_checkpointing:
@@ -169,10 +216,10 @@ class Run:
         biased = [
             module
             for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear)
+            if isinstance(module, torch.nn.Linear | Conv1D)
             and module.bias is not None
             and module is not head
-            and type(module).__name__ != "Linear8bitLt"
+            and type(module).__name__ not in ("Linear8bitLt", "FalconLinear")
         ]
         in_head = head is not None and getattr(head, "bias", None) is not None
         recomputed = bool(biased) and self.job.gradient_checkpointing
@@ -187,7 +234,9 @@ class Run:
         batches = [self._batch() for _ in range(steps)]
         num_items = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches)
         for batch in batches:
-            self._training_step(batch, num_items)
+            # Trainer's locals: the last micro-batch's loss and the last norm live on
+            self.loss = self._training_step(batch, num_items)
+            self.total_loss += self.loss
         self._update()
 
     def _batch(self) -> dict[str, Any]:
@@ -214,7 +263,7 @@ class Run:
         books = self.books
         parameters = list(self.model.parameters())
         books.label((p.grad, Kind.GRADIENTS, owner_of(n)) for n, p in self.trained)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         self.optimizer.step()
         self._label_state()
         self.model.zero_grad()
@@ -244,12 +293,6 @@ def run_backward(loss: Any) -> None:
     )
 
 
-def _base_parameters(named: list[tuple[str, Any]]) -> int:
-    """Parameters of the model itself, quantised ones at their true number."""
-    total = 0
-    for name, parameter in named:
-        if "lora_" in name or "modules_to_save" in name:
-            continue
-        state = getattr(parameter, "quant_state", None)
-        total += state.shape.numel() if state is not None else parameter.numel()
-    return total
+def _loaded(timeline: Timeline) -> int:
+    """Bytes held when loading is over."""
+    return sum(e.nbytes * e.copies for e in timeline.events() if e.phase is Phase.LOAD)

@@ -18,19 +18,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vramplan.names import HEADS, owner_of
-from vramplan.timeline import Event, Kind, Phase
+from vramplan.timeline import Kind, Phase
 from vramplan.units import round_block
 
 Hidden = Callable[[tuple[Any, ...], dict[str, Any]], list[int]]
 
 
 class Block:
-    """One block of device memory; what it is for may become known only later."""
+    """One block of device memory; what it is for may become known only later.
 
-    __slots__ = ("kind", "nbytes", "number", "owner")
+    Attributes:
+        layer: Decoder layer that it belongs to, None for none.
+        together: Whether an operation on many tensors made it beside those of the other layers.
+    """
 
-    def __init__(self, number: int, nbytes: int, kind: Kind, owner: str) -> None:
+    __slots__ = ("kind", "layer", "nbytes", "number", "owner", "together")
+
+    def __init__(self, number: int, nbytes: int, kind: Kind, owner: str, layer: int | None) -> None:
         self.number, self.nbytes, self.kind, self.owner = number, nbytes, kind, owner
+        self.layer, self.together = layer, False
 
 
 class Books:
@@ -38,14 +44,21 @@ class Books:
 
     Attributes:
         phase: Where the run is.
-        entries: (block, sign, phase) in the order of the run.
-        live_bytes: Held now.
+        step: Number of the step, 0 before training.
+        layer: Decoder layer at work in forward or backward, None outside of them.
+        entries: (block, sign, phase, step, layer) in the order of the run.
+        layers_path: Path of the decoder layers.
+        repeats: How many layers the middle one of a cut model stands for.
     """
 
     def __init__(self) -> None:
         self.phase = Phase.LOAD
-        self.entries: list[tuple[Block, int, Phase]] = []
-        self.live_bytes = 0
+        self.step = 0
+        self.layer: int | None = None
+        self.entries: list[tuple[Block, int, Phase, int, int | None]] = []
+        self.layers_path = ""
+        self.repeats = 1
+        self.leaves: dict[int, str] = {}  # id of a parameter -> its owner
         self.stack: list[str] = []
         self.decoder = ""
         self.recording = True
@@ -59,16 +72,14 @@ class Books:
     def allocate(self, nbytes: int, kind: Kind, owner: str) -> Block:
         """Write an allocation."""
         self._count += 1
-        block = Block(self._count, round_block(nbytes), kind, owner)
-        self.entries.append((block, 1, self.phase))
-        self.live_bytes += block.nbytes
+        block = Block(self._count, round_block(nbytes), kind, owner, self.layer)
+        self.entries.append((block, 1, self.phase, self.step, self.layer))
         return block
 
     def release(self, block: Block) -> None:
         """Write a release."""
         if self.recording:
-            self.entries.append((block, -1, self.phase))
-            self.live_bytes -= block.nbytes
+            self.entries.append((block, -1, self.phase, self.step, self.layer))
 
     def follow(self, storage: Any, block: Block) -> None:
         """Release the block when the storage goes."""
@@ -99,7 +110,6 @@ class Books:
         if entry is not None:
             block = entry[1]
             self.entries = [item for item in self.entries if item[0] is not block]
-            self.live_bytes -= block.nbytes
 
     def label(self, owned: Iterable[tuple[Any, Kind, str]]) -> None:
         """Say what the blocks under these tensors are for."""
@@ -107,6 +117,8 @@ class Books:
             block = self.block_of(tensor) if tensor is not None else None
             if block is not None:
                 block.kind, block.owner = kind, owner
+                if block.layer is None:
+                    block.layer = self.layer_of(owner)
 
     @contextmanager
     def scratch(self, sizes: list[int]) -> Iterator[None]:
@@ -117,11 +129,24 @@ class Books:
         for block in held:
             self.release(block)
 
+    def layer_of(self, owner: str) -> int | None:
+        """The decoder layer that a module is in."""
+        if not self.layers_path or not owner.startswith(self.layers_path):
+            return None
+        number = owner[len(self.layers_path) :].partition(".")[0]
+        return int(number) if number.isdigit() else None
+
+    def copies(self, tensor: Any) -> int:
+        """How many equal tensors of the real model this one stands for."""
+        block = self.block_of(tensor)
+        return self.repeats if block is not None and block.layer == 1 else 1
+
     # -- whose it is -----------------------------------------------------------------------------
 
     def enter_module(self, owner: str) -> None:
         """A module's forward begins."""
         self.stack.append(owner)
+        self.layer = self.layer_of(owner)
         self._mark()
 
     def leave_module(self) -> None:
@@ -133,6 +158,7 @@ class Books:
     def enter_phase(self, phase: Phase) -> None:
         """Another part of the run begins."""
         self.phase = phase
+        self.layer = None
         if phase in (Phase.BACKWARD, Phase.STEP):
             self.stack.clear()
         self._mark()
@@ -145,6 +171,9 @@ class Books:
 
     def _maker(self, node: Any) -> tuple[str, Phase]:
         """Module and phase in which an autograd node was made."""
+        variable = getattr(node, "variable", None)  # of an AccumulateGrad node
+        if variable is not None:
+            return self.leaves.get(id(variable), "loss"), Phase.FORWARD
         index = bisect.bisect_right(self._made_at, node._sequence_nr()) - 1
         return self._makers[index] if index >= 0 else ("", Phase.BACKWARD)
 
@@ -160,16 +189,10 @@ class Books:
             return Kind.BATCH, "batch"
         node = torch._C._current_autograd_node()
         owner, phase = self._maker(node) if node is not None else ("loss", Phase.LOSS)
+        self.layer = self.layer_of(owner)
         if phase is Phase.LOSS or not owner:
             return Kind.LOGITS, "loss"
         return (Kind.LOGITS if owner.endswith(HEADS) else Kind.ACTIVATION_GRADIENTS), owner
-
-    def events(self) -> tuple[Event, ...]:
-        """Everything written so far."""
-        return tuple(
-            Event(block.number, sign * block.nbytes, block.kind, block.owner, phase)
-            for block, sign, phase in self.entries
-        )
 
 
 def _in_module(owner: str, decoder: str) -> tuple[Kind, str]:
@@ -200,32 +223,45 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and write what it allocates."""
         kwargs = kwargs or {}
-        answer = self.answers.get(func)
-        if answer is not None:
-            return answer(*args, **kwargs)
+        run = self.answers.get(func, func)
         hidden = self.hidden.get(func)
         if hidden is not None:
             with self.books.scratch(hidden(args, kwargs)):
-                return self._count(func, args, func(*args, **kwargs))
+                return self._count(func, args, run(*args, **kwargs))
         # a module at work in backward is being recomputed: its sums are its own
         engine = self.books.phase is Phase.BACKWARD and not self.books.stack
         if engine and self.in_place_sum(func, args, kwargs):
             out = func(*args, **kwargs)
             self.books.hand_over(args[0], out)
             return out
-        return self._count(func, args, func(*args, **kwargs))
+        return self._count(func, args, run(*args, **kwargs))
 
     def _count(self, func: Any, args: Any, out: Any) -> Any:
         books = self.books
-        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
+        for index, tensor in enumerate(
+            (out,) if isinstance(out, torch.Tensor) else tree_leaves(out)
+        ):
             if not isinstance(tensor, torch.Tensor) or books.block_of(tensor) is not None:
                 continue
             storage = tensor.untyped_storage()
             nbytes = storage.nbytes()
             if nbytes and books.recording:
                 kind, owner = self._meaning(func, args)
-                books.follow(storage, books.allocate(nbytes, kind, owner))
+                block = books.allocate(nbytes, kind, owner)
+                if books.phase is Phase.STEP:
+                    self._belongs(block, args, index)
+                books.follow(storage, block)
         return out
+
+    def _belongs(self, block: Block, args: Any, index: int) -> None:
+        """In an optimizer's step a block belongs to the layer of the tensor it was made from."""
+        first = args[0] if args else None
+        if isinstance(first, (list, tuple)):
+            block.together = len(first) > 1
+            first = first[index] if index < len(first) else None
+        source = self.books.block_of(first) if isinstance(first, torch.Tensor) else None
+        if source is not None:
+            block.layer = source.layer
 
     def _meaning(self, func: Any, args: Any) -> tuple[Kind, str]:
         """Dequantised weights are workspace, whatever they are cast to."""
