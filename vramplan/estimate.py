@@ -126,15 +126,6 @@ def estimate(
     return Step(model, job, capability, workspace_bytes).run()
 
 
-def require_grad(t: Tape, embeds: Tensor) -> Leaf:
-    """enable_input_require_grads: the output of a frozen embedding becomes a leaf with a gradient.
-
-    Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
-    """
-    assert embeds.storage is not None
-    return Leaf(embeds.storage, embeds.numel, embeds.dtype, trainable=True, owner=t.owner, copies=1)
-
-
 class Step:
     """Walks one steady step of a job."""
 
@@ -146,7 +137,6 @@ class Step:
         self.family = find_family(model.family)
         self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
         self.tape = Tape(job.autocast_dtype)
-        self.leaf: Leaf | None = None
         self.tape.kind = Kind.WEIGHTS
         self.built = Built(self.tape, model, job, self.runs)
         self.env = Env(
@@ -166,6 +156,7 @@ class Step:
             else CUBLAS_WORKSPACE
         )
         self.marks: list[int] = []
+        self.leaf: Leaf | None = None
 
     def run(self) -> Estimate:
         """Load, then one steady step."""
@@ -290,10 +281,7 @@ class Step:
         t.owner = name
         position_ids = t.new(env.length, INT64, Kind.BATCH) if self.family.positions else None
         t.owner = spec.name
-        embeds = self.family.embed(t, built.embedding, env)
-        if self.job.gradient_checkpointing and embeds.node is None:
-            self.leaf = require_grad(t, embeds)
-            embeds = self.leaf
+        embeds = self._require_grad(self.family.embed(t, built.embedding, env))
         t.owner = name
         hidden, held = self.family.enter(t, built.outside, embeds, env)
         t.owner = name
@@ -312,7 +300,7 @@ class Step:
         del position_ids, held  # the model's forward holds them to its end
         if self.job.gradient_checkpointing:
             env.keep(env.dims.kinds)
-        else:  # nobody runs a block again: the graph alone holds tables, and no masks
+        else:  # nobody will run a block again: the graph alone holds tables, and no masks
             env.keep(self._folded_kinds(), masks=False)
         return hidden
 
@@ -329,6 +317,19 @@ class Step:
                 folded.update(kind for kind in run.kinds if kind not in seen)
             seen.update(run.kinds)
         return folded
+
+    def _require_grad(self, embeds: Tensor) -> Tensor:
+        """enable_input_require_grads: checkpointing makes a frozen embedding's output a leaf.
+
+        Its gradient is computed and kept with it until the graph goes.
+
+        Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
+        """
+        if not self.job.gradient_checkpointing or embeds.node is not None:
+            return embeds
+        assert embeds.storage is not None
+        self.leaf = Leaf(embeds.storage, embeds.numel, embeds.dtype, True, self.tape.owner, 1)
+        return self.leaf
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
         t, env, block = self.tape, self.env, self.family.block

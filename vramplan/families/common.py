@@ -211,6 +211,21 @@ def rotate(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return ops.add(t, ops.mul(t, x, cos), ops.mul(t, rotate_half(t, x), sin))
 
 
+def split_heads(t: Tape, x: Tensor, env: Env, *, value: bool = False) -> Tensor:
+    """``x.view(hidden_shape).transpose(1, 2)``: [batch, heads, length, head_dim].
+
+    Slices, plain products and repeated heads hand gradients back in that memory order, which takes
+    a copy to view as x again. Rotation slices queries and keys; a fused kernel's gradient of the
+    values lies in memory as they do.
+    """
+    several = x.numel > env.tokens * env.dims.head_dim
+    grouped = env.dims.num_heads > env.dims.num_kv_heads
+    fused = env.attention != "eager" and not (
+        env.attention == "sdpa" and grouped and (env.mask is not None or env.capability < (8, 0))
+    )
+    return ops.view(t, x, copied=several and not (value and fused))
+
+
 def rotary_parts(t: Tape, x: Tensor, env: Env) -> tuple[Tensor, Tensor]:
     """``x[..., :rotary_dim]`` and ``x[..., rotary_dim:]``, views of every head."""
     rotated = x.numel // env.dims.head_dim * env.dims.rotary_dim
@@ -266,7 +281,7 @@ def attend(
         The output and, from eager attention, the weights, which the caller keeps alive.
     """
     if env.attention == "eager":
-        return eager_attention(t, q, k, v, env)
+        return eager_attention(t, q, k, v, env, contiguous=not contiguous)
     if env.attention == "sdpa" and (env.mask is not None or env.capability < (8, 0)):
         return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
     dims = env.dims
@@ -302,12 +317,14 @@ def _sdpa_without_flash(
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
     if groups > 1 and env.mask is None:
-        return ops.copy(t, math_attention(t, q, k, v, env, dropout=dims.attention_dropout))
+        p = dims.attention_dropout
+        out = math_attention(t, q, k, v, env, dropout=p, contiguous=not contiguous)
+        return ops.copy(t, out)
     heads = dims.num_kv_heads
     k, v = repeat_kv(t, k, groups, heads=heads), repeat_kv(t, v, groups, heads=heads)
     shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
-    out = ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
-    return out if contiguous else ops.copy(t, out)
+    # its output lies as [batch, length, heads, head_dim] whatever the queries do
+    return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
 
 
 def math_attention(
@@ -319,6 +336,7 @@ def math_attention(
     *,
     dropout: float,
     broadcast: bool = False,
+    contiguous: bool = False,
 ) -> Tensor:
     """``_scaled_dot_product_attention_math``: everything in fp32, scores written out.
 
@@ -331,6 +349,7 @@ def math_attention(
         dropout: Dropout of the weights.
         broadcast: Whether ``matmul`` spreads the one key head over the query heads, as it does
             without ``enable_gqa``; else they are repeated first.
+        contiguous: Whether queries have the memory order [batch, heads, length, head_dim].
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
     """
@@ -351,27 +370,42 @@ def math_attention(
         else:
             expanded, value = repeat_kv(t, k_acc, groups), repeat_kv(t, v_acc, groups)
             key = ops.scale(t, expanded)
-        weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch)
+        folds = contiguous, not broadcast  # repetition leaves them contiguous
+        weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch, folds=folds)
         del key
         if mask is not None:
             weights = ops.add_(t, weights, mask)
         weights = ops.safe_softmax(t, weights)
         weights = ops.dropout(t, weights, dropout)
         _returned = ops.to(t, weights, dtype)
-        out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
+        out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
         return ops.to(t, out, dtype)
 
 
 def eager_attention(
-    t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env, *, contiguous: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """eager_attention_forward of the Llama-like models."""
+    """eager_attention_forward of the Llama-like models.
+
+    Args:
+        t: The tape.
+        q: Queries [batch, heads, length, head_dim].
+        k: Keys [batch, key heads, length, head_dim].
+        v: Values, as keys.
+        env: Shapes and mask.
+        contiguous: Whether queries and keys have that memory order too, as concatenation leaves
+            them and repetition leaves keys and values.
+    """
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
     key = repeat_kv(t, k, groups, heads=dims.num_kv_heads)
     value = repeat_kv(t, v, groups, heads=dims.num_kv_heads)
     size = dims.num_heads * env.tokens * env.length
-    weights = ops.scale(t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch))
+    repeated = groups > 1 and dims.num_kv_heads > 1
+    folds = contiguous, contiguous or repeated
+    weights = ops.scale(
+        t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch, folds=folds)
+    )
     if dims.attn_logit_softcapping is not None:
         weights = ops.scale(t, weights)
         weights = ops.tanh(t, weights)
@@ -380,7 +414,8 @@ def eager_attention(
         weights = ops.add(t, weights, env.mask)
     weights = ops.to(t, ops.softmax(t, weights, FP32), q.dtype)
     weights = ops.dropout(t, weights, dims.attention_dropout)
-    out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
+    folds = True, repeated
+    out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
     return ops.copy(t, out), weights
 
 

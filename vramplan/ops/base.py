@@ -58,11 +58,18 @@ def copy(t: Tape, x: Tensor) -> Tensor:
     return out
 
 
-def view(t: Tape, x: Tensor) -> Tensor:
-    """view, transpose, permute: another tensor over the same storage."""
+def view(t: Tape, x: Tensor, *, copied: bool = False) -> Tensor:
+    """view, transpose, permute: another tensor over the same storage.
+
+    Args:
+        t: The tape.
+        x: Input.
+        copied: Whether the gradient comes in a memory order that no view leads back from: a view's
+            backward is a ``reshape``, which then copies.
+    """
     out = Tensor(x.storage, x.numel, x.dtype)
     if x.node is not None:
-        out.node = t.node((x.node,), _view_backward)
+        out.node = t.node((x.node,), same_size if copied else _view_backward)
     return out
 
 
