@@ -401,8 +401,7 @@ def eager_attention(
     key = repeat_kv(t, k, groups, heads=dims.num_kv_heads)
     value = repeat_kv(t, v, groups, heads=dims.num_kv_heads)
     size = dims.num_heads * env.tokens * env.length
-    repeated = groups > 1 and dims.num_kv_heads > 1
-    folds = contiguous, contiguous or repeated
+    folds = contiguous, contiguous or _repetition_folds(t, k, dims)
     weights = ops.scale(
         t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch, folds=folds)
     )
@@ -414,9 +413,19 @@ def eager_attention(
         weights = ops.add(t, weights, env.mask)
     weights = ops.to(t, ops.softmax(t, weights, FP32), q.dtype)
     weights = ops.dropout(t, weights, dims.attention_dropout)
-    folds = True, repeated
+    folds = True, _repetition_folds(t, v, dims)
     out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
     return ops.copy(t, out), weights
+
+
+def _repetition_folds(t: Tape, x: Tensor, dims: Dims) -> bool:
+    """Whether repeated keys or values lie [batch, heads, ...] in memory when matmul folds them.
+
+    A copy does; the view of a single head only once autocast has cast it.
+    """
+    if dims.num_kv_heads == 1:
+        return dims.num_heads > 1 and t.autocast is not None and x.dtype is not t.autocast
+    return dims.num_heads > dims.num_kv_heads
 
 
 def causal_mask(t: Tape, embeds: Tensor, env: Env) -> None:
