@@ -369,7 +369,7 @@ class Built:
         if saved:
             weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1, saved=True)
         for nbytes in spec.buffers * (1 + saved):  # the copy is one of the whole module
-            self._hold(nbytes, Kind.WEIGHTS, spec.name)
+            self._hold(nbytes, Kind.WEIGHTS, "buffers")
         weight.embedding = True
         return Embedding(spec, spec.name, weight)
 

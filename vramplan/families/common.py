@@ -63,11 +63,20 @@ class Env:
             mine = self.shared[kind]
             self.cos, self.sin, self.mask = mine.cos, mine.sin, mine.mask
 
-    def keep(self, kinds: Collection[str]) -> None:
-        """Let go of what no layer of these kinds is handed."""
-        if not kinds or self.shared:
+    def keep(self, kinds: Collection[str], *, masks: bool = True) -> None:
+        """Let go of what no layer of these kinds is handed.
+
+        Args:
+            kinds: The kinds still to come.
+            masks: Whether their masks are still needed too.
+        """
+        if self.shared or not kinds or not masks:
             self.cos = self.sin = self.mask = self.alibi = None
-        self.shared = {kind: mine for kind, mine in self.shared.items() if kind in kinds}
+        self.shared = {
+            kind: Shared(mine.cos, mine.sin, mine.mask if masks else None)
+            for kind, mine in self.shared.items()
+            if kind in kinds
+        }
 
 
 def embed_tokens(t: Tape, table: Embedding, env: Env) -> Tensor:
