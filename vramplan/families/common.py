@@ -239,7 +239,11 @@ def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor
 
 
 def repeat_kv(t: Tape, x: Tensor, groups: int) -> Tensor:
-    """Keys or values repeated for every query head; nothing for one group."""
+    """Keys or values repeated for every query head; nothing for one group.
+
+    One head alone is spread without a copy (``ops.expand``): transformers' repeat_kv ends in a
+    reshape, which then is a view.
+    """
     if groups == 1:
         return x
     out = t.new(x.numel * groups, x.dtype)
@@ -309,7 +313,8 @@ def _sdpa_without_flash(
         p = dims.attention_dropout
         out = math_attention(t, q, k, v, env, dropout=p, contiguous=not contiguous)
         return ops.copy(t, out)
-    k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
+    repeat = ops.expand if dims.num_kv_heads == 1 else repeat_kv
+    k, v = repeat(t, k, groups), repeat(t, v, groups)
     shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
     # its output lies as [batch, length, heads, head_dim] whatever the queries do
     return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
@@ -390,11 +395,12 @@ def eager_attention(
     """
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
-    key = repeat_kv(t, k, groups)
-    value = repeat_kv(t, v, groups)
+    repeat = ops.expand if dims.num_kv_heads == 1 else repeat_kv
+    key = repeat(t, k, groups)
+    value = repeat(t, v, groups)
     size = dims.num_heads * env.tokens * env.length
-    repeated = groups > 1
-    folds = contiguous, contiguous or repeated
+    repeated = groups > 1 and repeat is repeat_kv
+    folds = contiguous, repeated or (contiguous and groups == 1)
     weights = ops.scale(
         t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch, folds=folds)
     )
