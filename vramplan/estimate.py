@@ -206,7 +206,11 @@ class Step:
             with t.repeated(copies):
                 for param in params:
                     parts, managed = optimizer.state_parts(
-                        param.numel, param.rows, param.dtype, embedding=param.embedding
+                        param.numel,
+                        param.rows,
+                        param.dtype,
+                        embedding=param.embedding,
+                        matrices=param.matrices,
                     )
                     paged += managed * copies
                     held += [

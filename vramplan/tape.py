@@ -87,7 +87,7 @@ def alias(x: Tensor) -> Tensor:
 class Param(Tensor):
     """A leaf: a parameter. ``copies`` identical ones exist (one per folded layer)."""
 
-    __slots__ = ("copies", "embedding", "grad", "owner", "pending", "rows", "waiting")
+    __slots__ = ("copies", "embedding", "grad", "matrices", "owner", "pending", "rows", "waiting")
     grad_kind = Kind.GRADIENTS
 
     def __init__(
@@ -99,6 +99,7 @@ class Param(Tensor):
         self.owner = owner
         self.copies = copies
         self.rows = 1
+        self.matrices = 1
         self.embedding = False
         self.pending: Tensor | None = None  # AccumulateGrad's input buffer
         self.waiting = 0
@@ -337,6 +338,19 @@ class Tape:
         value = saved.value
         assert value is not None, "a saved tensor was not recomputed"
         return value
+
+    def drop_recomputed(self, node: Node) -> None:
+        """A node's formula is through; what checkpointing recomputed for it goes.
+
+        Checkpointing's unpack hook hands a tensor over and keeps nothing, so it goes before the
+        engine casts and sums the gradients (validate_outputs). What was saved without checkpointing
+        stays until after that.
+
+        Source: torch 2.11 ``torch/utils/checkpoint.py`` (``unpack_hook``).
+        """
+        for saved in node.saved:
+            if type(saved) is Holder:
+                saved.value = None
 
     def _recompute(self, frame: Frame) -> None:
         outer = self.owner, self.kind, self._in_autocast

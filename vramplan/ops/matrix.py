@@ -12,7 +12,7 @@ from vramplan.timeline import Kind
 
 
 def linear(
-    t: Tape, x: Tensor, weight: Param, bias: Param | None, rows: int, columns: int
+    t: Tape, x: Tensor, weight: Tensor, bias: Param | None, rows: int, columns: int
 ) -> Tensor:
     """``F.linear``: x [tokens, columns] times weight [rows, columns]."""
     # autocast's wrapper casts its arguments last to first, as C++ evaluates them here
