@@ -365,6 +365,11 @@ def math_attention(
     with t.no_autocast():
         q_acc, k_acc, v_acc = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
         query = ops.scale(t, q_acc)
+        if mask is None:  # is_causal
+            ones = t.new(env.length * env.length, BOOL)
+            _lower = t.new(env.length * env.length, BOOL)  # tril
+            del ones
+            mask = t.new(env.length * env.length, FP32)
         if broadcast:
             key, value = ops.expand(t, ops.scale(t, k_acc), groups), ops.expand(t, v_acc, groups)
         else:
@@ -373,8 +378,7 @@ def math_attention(
         folds = contiguous, not broadcast  # repetition leaves them contiguous
         weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch, folds=folds)
         del key
-        if mask is not None:
-            weights = ops.add_(t, weights, mask)
+        weights = ops.add_(t, weights, mask)
         weights = ops.safe_softmax(t, weights)
         weights = ops.dropout(t, weights, dropout)
         _returned = ops.to(t, weights, dtype)

@@ -124,7 +124,8 @@ def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     residual = h
     h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)
     h = mlp(t, m, h, env)
-    return ops.add(t, residual, dropout(t, h, p, "resid_mlp_dropout"))
+    h = ops.add(t, residual, dropout(t, h, p, "resid_mlp_dropout"))
+    return h  # noqa: RET504 - the MLP's output goes before the residual
 
 
 FAMILY = Family(
