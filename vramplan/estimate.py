@@ -136,10 +136,11 @@ def require_grad(t: Tape, embeds: Tensor) -> Tensor:
 
     Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
     """
-    assert embeds.storage is not None
-    return Param(
-        embeds.storage, embeds.numel, embeds.dtype, trainable=True, owner=t.owner, copies=1
-    )
+    storage = embeds.storage
+    assert storage is not None
+    # a leaf of the graph alone, which goes with it: a trainable Param is its own node and stays
+    leaf = Param(storage, embeds.numel, embeds.dtype, trainable=False, owner=t.owner, copies=1)
+    return Tensor(storage, embeds.numel, embeds.dtype, leaf)
 
 
 class Step:

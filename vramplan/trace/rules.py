@@ -42,7 +42,7 @@ RULES = {
     "and promotes index_put and others (aten/src/ATen/autocast_mode.h)",
     "autocast is on": "torch.is_autocast_enabled() without a device asks about CUDA "
     "(torch/csrc/autograd/init.cpp)",
-    "half to float softmax": "softmax(fp16, dtype=float32) is one kernel on CUDA (not so for bf16), "
+    "half to float softmax": "softmax(fp16, dtype=float32) is one kernel on CUDA, not so for bf16: "
     "a cast and a softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
     "fused dropout": "native_dropout with a byte mask on CUDA (aten/src/ATen/native/Dropout.cpp)",
     "layers kept": "OPT skips a layer when torch.rand([]) < layerdrop; the number, on the host, is "
