@@ -1,28 +1,27 @@
 """How right the estimates are: every recorded run beside its prediction.
 
-``python -m vramplan.accuracy`` writes the accuracy record (``reports/accuracy.md``) from the
-records of a card.
+``vramplan accuracy`` writes the accuracy record (``reports/accuracy.*``) from a card's records.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from vramplan.catalogue import model_from_config
-from vramplan.errors import UnknownNameError
+from vramplan.errors import RecordError, UnknownNameError
 from vramplan.gpus import Gpu, find_gpu
 from vramplan.job import Job
-from vramplan.prediction import Prediction, job_for, judge, predict, usable_bytes
+from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
-from vramplan.resources import profiles_dir
+from vramplan.report.page import Page, Table
 from vramplan.units import MIB
 
 REPEAT = "-repeat"
+NOTICEABLE = 0.01
 
 
 class Figure(NamedTuple):
@@ -104,39 +103,22 @@ def rows(folder: Path) -> list[Row]:
 
 # -- the tables ------------------------------------------------------------------------------------
 
+FIGURES = ("ready", "peak allocated", "peak reserved", "device peak", "smallest limit")
+SPREAD = ("runs", "median", "off by, median", "90 % within", "worst", "which")
+
 
 def percent(value: float, *, sign: bool = False) -> str:
     """A share for people."""
     return f"{100 * value:{'+' if sign else ''}.2f} %"
 
 
-def summary(found: Sequence[Row]) -> list[str]:
-    """One table row per figure; repeats of one job count once."""
-    once = distinct(found)
-    lines = [
-        "| figure | runs | median | off by, median | 90 % within | worst | which |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in ("ready", "peak allocated", "peak reserved", "device peak", "smallest limit"):
-        errors = {r.record.name: e for r in once if (e := r.error(name)) is not None}
-        if errors:
-            lines.append(f"| {name} | " + " | ".join(spread(errors)) + " |")
-    return lines
-
-
-def spread(errors: dict[str, float]) -> list[str]:
-    """Count, signed median, then median, 90th percentile and worst of the absolute errors."""
-    sizes = sorted(abs(value) for value in errors.values())
-    ninth = sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))]
-    worst = max(errors, key=lambda name: abs(errors[name]))
-    return [
-        str(len(errors)),
-        percent(statistics.median(errors.values()), sign=True),
-        percent(statistics.median(sizes)),
-        percent(ninth),
-        percent(errors[worst], sign=True),
-        worst,
-    ]
+def errors_of(found: Iterable[Row], figure: str) -> dict[str, float]:
+    """Relative errors of one figure by run, repeats of one job counted once."""
+    return {
+        row.record.name: error
+        for row in distinct(found)
+        if (error := row.error(figure)) is not None
+    }
 
 
 def distinct(found: Iterable[Row]) -> list[Row]:
@@ -144,12 +126,57 @@ def distinct(found: Iterable[Row]) -> list[Row]:
     return [r for r in found if REPEAT not in r.record.name or r.record.name.endswith(f"{REPEAT}1")]
 
 
-def groups(found: Sequence[Row]) -> list[str]:
+def spread(errors: dict[str, float]) -> tuple[str, ...]:
+    """Count, signed median, then median, 90th percentile and worst of the absolute errors."""
+    sizes = sorted(abs(value) for value in errors.values())
+    ninth = sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))]
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    return (
+        str(len(errors)),
+        percent(statistics.median(errors.values()), sign=True),
+        percent(statistics.median(sizes)),
+        percent(ninth),
+        percent(errors[worst], sign=True),
+        worst,
+    )
+
+
+def summary(found: Sequence[Row]) -> Table:
+    """One row per figure; repeats of one job count once."""
+    lines = [(name, *spread(errors)) for name in FIGURES if (errors := errors_of(found, name))]
+    return Table("", ("figure", *SPREAD), tuple(lines))
+
+
+def too_low(found: Sequence[Row]) -> Table:
+    """The dangerous side: predicted below measured."""
+    lines = []
+    for name in FIGURES:
+        errors = errors_of(found, name)
+        low = {run: error for run, error in errors.items() if error < -NOTICEABLE}
+        high = [error for error in errors.values() if error > NOTICEABLE]
+        if errors:
+            worst = min(low, key=lambda run: low[run]) if low else ""
+            lines.append(
+                (
+                    name,
+                    str(len(errors)),
+                    str(len(low)),
+                    percent(low[worst], sign=True) if low else "",
+                    worst,
+                    str(len(high)),
+                )
+            )
+    return Table(
+        "Too low and too high",
+        ("figure", "runs", "too low", "worst of them", "which", "too high"),
+        tuple(lines),
+        f"Runs whose prediction is off by more than {percent(NOTICEABLE)}. Too low is the "
+        "dangerous side.",
+    )
+
+
+def groups(found: Sequence[Row]) -> Table:
     """Peak allocated by family, method and checkpointing."""
-    lines = [
-        "| runs of | runs | median | off by, median | 90 % within | worst | which |",
-        "|---|---|---|---|---|---|---|",
-    ]
     keys: tuple[Callable[[Row], str], ...] = (
         lambda r: str(r.record.config["model_type"]),
         lambda r: str(r.record.job["method"]),
@@ -157,80 +184,119 @@ def groups(found: Sequence[Row]) -> list[str]:
             "checkpointing" if r.record.job["gradient_checkpointing"] else "no checkpointing"
         ),
     )
-    for key in keys:
-        for name in sorted({key(row) for row in found}):
-            errors = {
-                row.record.name: error
-                for row in distinct(found)
-                if key(row) == name and (error := row.error("peak allocated")) is not None
-            }
-            if errors:
-                lines.append(f"| {name} | " + " | ".join(spread(errors)) + " |")
-    return lines
-
-
-def emulated(found: Iterable[Row]) -> list[str]:
-    """Runs on emulated cards: the verdict beside what happened."""
     lines = [
-        "| run | limit | ran | verdict | predicted smallest limit |",
-        "|---|---|---|---|---|",
+        (name, *spread(errors))
+        for key in keys
+        for name in sorted({key(row) for row in found})
+        if (errors := errors_of([row for row in found if key(row) == name], "peak allocated"))
     ]
+    return Table("Peak allocated by kind of run", ("runs of", *SPREAD), tuple(lines))
+
+
+def left_out(found: Sequence[Row]) -> Table:
+    """What the process holds beyond the allocator, from the other families' runs alone."""
+    held = {
+        row.record.name: (str(row.record.config["model_type"]), beyond)
+        for row in distinct(found)
+        if not (row.record.paged_bytes or row.record.run.paging)
+        and (beyond := row.record.beyond_reserved_bytes) is not None
+    }
+    lines = []
+    for family in sorted({name for name, _ in held.values()}):
+        others = [size for name, size in held.values() if name != family]
+        own = [size for name, size in held.values() if name == family]
+        if others:
+            fitted = statistics.median(others)
+            off = max((size - fitted for size in own), key=abs)
+            lines.append(
+                (family, str(len(own)), f"{fitted / MIB:,.0f} MiB", f"{off / MIB:+,.0f} MiB")
+            )
+    return Table(
+        "The calibrated constant, each family left out in turn",
+        ("family", "runs", "fitted to the others", "worst of its own"),
+        tuple(lines),
+        "What a process holds beyond reserved memory (context, kernels, handles).",
+    )
+
+
+def emulated(found: Iterable[Row]) -> Table:
+    """Runs on emulated cards: the verdict at their limit beside what happened."""
+    lines = []
     for row in found:
-        slug, limit = row.record.run.emulated_gpu, row.record.run.limit_bytes
-        if slug is None or limit is None:
+        limit, prediction = row.record.run.limit_bytes, row.prediction
+        if row.record.run.emulated_gpu is None or limit is None:
             continue
-        card = find_gpu(slug)
-        usable = usable_bytes(card)
-        assert usable is not None, "a card that was emulated has a known size"
-        job = job_for(Job.from_dict(row.record.job), card)
-        verdict = judge(predict(row.prediction.model, job, card), slug, usable).verdict
-        ran = "yes" if row.record.status == "done" else "out of memory"
-        least = row.prediction.min_limit_bytes
+        # judged with the kernels of the card at work: all of its memory but this limit is process
+        card = limit + prediction.device_peak_bytes - prediction.peak_reserved_bytes
         lines.append(
-            f"| {row.record.name} | {limit // MIB} MiB | {ran} | {verdict} | {least // MIB} MiB |"
+            (
+                row.record.name,
+                f"{limit // MIB} MiB",
+                "yes" if row.record.status == "done" else "out of memory",
+                judge(prediction, row.record.name, card).verdict,
+                f"{prediction.peak_reserved_bytes // MIB} MiB",
+                f"{prediction.min_limit_bytes // MIB} MiB",
+            )
         )
-    return lines
+    return Table(
+        "Emulated cards",
+        ("run", "limit", "ran", "verdict", "would reserve", "predicted smallest limit"),
+        tuple(lines),
+        "The allocator was held to what the card's driver reports, less the CUDA context, kernels "
+        "and paged state. Kernels are the H100's.",
+    )
 
 
-def limits(found: Iterable[Row]) -> list[str]:
+def limits(found: Iterable[Row]) -> Table:
     """Searched limits: the bracket, and what was predicted."""
-    lines = [
-        "| job | runs at | does not at | runs tried | predicted smallest limit |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for row in found:
         search = row.record.limit_search
         if search is None:
             continue
         failing = search.largest_failing_bytes
         lines.append(
-            f"| {row.record.name.removesuffix('-smallest')} | "
-            f"{search.smallest_running_bytes // MIB} MiB | "
-            f"{'none failed' if failing is None else f'{failing // MIB} MiB'} | "
-            f"{len(search.tries)} | {row.prediction.min_limit_bytes // MIB} MiB |"
+            (
+                row.record.name.removesuffix("-smallest"),
+                f"{search.smallest_running_bytes // MIB} MiB",
+                "none failed" if failing is None else f"{failing // MIB} MiB",
+                str(len(search.tries)),
+                f"{row.prediction.min_limit_bytes // MIB} MiB",
+            )
         )
-    return lines
+    return Table(
+        "The smallest limit",
+        ("job", "runs at", "does not at", "runs tried", "predicted smallest limit"),
+        tuple(lines),
+        "Found by running at one limit after another. Under a limit the outcome is not always "
+        "monotone: a job can fail a little above a limit at which it runs.",
+    )
 
 
-def repeats(found: Iterable[Row]) -> list[str]:
+def repeats(found: Iterable[Row]) -> Table:
     """Repeated runs: do they agree, and how far do step times spread."""
     jobs: dict[str, list[Record]] = {}
     for row in found:
         name, mark, _ = row.record.name.partition(REPEAT)
         if mark:
             jobs.setdefault(name, []).append(row.record)
-    lines = [
-        "| job | repeats | peak allocated | peak reserved | step time, medians |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for name, records in sorted(jobs.items()):
         times = [r.step_time_s.median for r in records if r.step_time_s is not None]
         lines.append(
-            f"| {name} | {len(records)} | {_agreement(r.peak_allocated_bytes for r in records)} | "
-            f"{_agreement(r.peak_reserved_bytes for r in records)} | "
-            f"{min(times) * 1000:.0f} to {max(times) * 1000:.0f} ms |"
+            (
+                name,
+                str(len(records)),
+                _agreement(r.peak_allocated_bytes for r in records),
+                _agreement(r.peak_reserved_bytes for r in records),
+                f"{min(times) * 1000:.0f} to {max(times) * 1000:.0f} ms",
+            )
         )
-    return lines
+    return Table(
+        "The same run again",
+        ("job", "repeats", "peak allocated", "peak reserved", "step time, medians"),
+        tuple(lines),
+    )
 
 
 def _agreement(sizes: Iterable[int | None]) -> str:
@@ -240,19 +306,16 @@ def _agreement(sizes: Iterable[int | None]) -> str:
     return f"{min(known):,} to {max(known):,} bytes"
 
 
-def paging(found: Iterable[Row]) -> list[str]:
+def paging(found: Iterable[Row]) -> Table:
     """What unified memory moved."""
-    lines = [
-        "| run | paged | steps before the save | save, to the host | next step, to the card |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for row in found:
         seen = row.record.paging
         if seen is None:
             continue
         state = f"{row.record.paged_bytes or 0:,}"
         if not seen.measured:
-            lines.append(f"| {row.record.name} | {state} | not measured: {seen.reason} | | |")
+            lines.append((row.record.name, state, f"not measured: {seen.reason}", "", ""))
             continue
         names = [window.window for window in seen.windows]
         saved = names.index("save") if "save" in names else len(names)
@@ -260,91 +323,59 @@ def paging(found: Iterable[Row]) -> list[str]:
             (sum(w.host_to_device_bytes.values()), sum(w.device_to_host_bytes.values()))
             for w in seen.windows
         ]
-        before = sum(sum(both) for both in moved[:saved])
-        cells = [f"{before:,}"]
-        cells += [f"{moved[saved][1]:,}", f"{moved[saved + 1][0]:,}"] if saved < len(names) else [
-            "no save", "",
-        ]  # fmt: skip
-        lines.append(f"| {row.record.name} | {state} | " + " | ".join(cells) + " |")
-    return lines
+        before = f"{sum(sum(both) for both in moved[:saved]):,}"
+        around = ("no save", "")
+        if saved < len(names):
+            around = (f"{moved[saved][1]:,}", f"{moved[saved + 1][0]:,}")
+        lines.append((row.record.name, state, before, *around))
+    return Table(
+        "Paging events",
+        ("run", "paged", "steps before the save", "save, to the host", "next step, to the card"),
+        tuple(lines),
+        "Bytes as CUPTI counted them, with a canary buffer seen to the byte before and after. "
+        "Without memory pressure nothing moves; a save reads the state on the host, and the next "
+        "step brings it back.",
+    )
 
 
-def details(found: Iterable[Row]) -> list[str]:
-    """One table row per run."""
-    lines = [
-        "| run | measured peak allocated | predicted | error | reserved error |",
-        "|---|---|---|---|---|",
-    ]
+def details(found: Iterable[Row]) -> Table:
+    """One row per run."""
+    lines = []
     for row in found:
-        peak = row.record.peak_allocated_bytes
-        if not peak:
+        if not row.record.peak_allocated_bytes:
             continue
-        error, reserved = row.error("peak allocated"), row.error("peak reserved")
-        lines.append(
-            f"| {row.record.name} | {peak / MIB:,.1f} MiB | "
-            f"{row.prediction.peak_allocated_bytes / MIB:,.1f} MiB | "
-            f"{percent(error or 0.0, sign=True)} | "
-            f"{'' if reserved is None else percent(reserved, sign=True)} |"
-        )
-    return lines
+        cells = [row.record.name]
+        for name in FIGURES:
+            figure = next((f for f in row.figures if f.name == name and f.measured), None)
+            cells += (
+                ["", ""]
+                if figure is None or figure.measured is None or figure.error is None
+                else [f"{figure.measured / MIB:.1f}", percent(figure.error, sign=True)]
+            )
+        lines.append(tuple(cells))
+    headings = [part for name in FIGURES for part in (f"{name}, MiB", "error")]
+    return Table("Every run", ("run", *headings), tuple(lines), "Measured, and how far off.")
 
 
-def report(folder: Path) -> str:
-    """The whole record as Markdown."""
+def accuracy_page(folder: Path) -> Page:
+    """The whole accuracy record of a card's calibration folder."""
     found = rows(folder)
+    if not found:
+        raise RecordError(f"{folder / 'runs'} holds no records")
     record = found[0].record
     versions = ", ".join(
         f"{name} {version}" for name, version in record.versions.items() if name != "vramplan"
     )
-    return "\n".join(
-        [
-            f"# Accuracy on {record.gpu.name}",
-            "",
-            f"Stock `transformers.Trainer`, random weights; driver {record.gpu.driver}, "
-            f"{versions}. Made by `python -m vramplan.accuracy`; the runs by `{record.command}`. "
-            "They were looked at while the block programs were written: none of them is held out. "
-            "Errors are predicted over measured, minus one.",
-            "",
-            *summary(found),
-            "",
-            "## Peak allocated by kind of run",
-            "",
-            *groups(found),
-            "",
-            "## Emulated cards",
-            "",
-            "The allocator was held to what the card's driver reports, less the CUDA context, "
-            "kernels and paged state. Kernels are the H100's.",
-            "",
-            *emulated(found),
-            "",
-            "## The smallest limit",
-            "",
-            "Found by running at one limit after another. Under a limit the outcome is not always "
-            "monotone: a job can fail a little above a limit at which it runs.",
-            "",
-            *limits(found),
-            "",
-            "## The same run again",
-            "",
-            *repeats(found),
-            "",
-            "## Paging events",
-            "",
-            "Bytes as CUPTI counted them, with a canary buffer seen to the byte before and after. "
-            "Without memory pressure nothing moves; a save reads the state on the host, and the "
-            "next step brings it back.",
-            "",
-            *paging(found),
-            "",
-            "## Every run",
-            "",
-            *details(found),
-            "",
-        ]
-    )
-
-
-if __name__ == "__main__":
-    default = profiles_dir() / "calibrations" / "h100-sxm-80gb"
-    print(report(Path(sys.argv[1]) if sys.argv[1:] else default), end="")
+    return Page(
+        f"Accuracy on {record.gpu.name}",
+        f"Stock transformers.Trainer, random weights; driver {record.gpu.driver}, {versions}. "
+        f"Made by: vramplan accuracy. The runs by: {record.command}. They were looked at while "
+        "the block programs were written: none of them is held out. Errors are predicted over "
+        "measured, minus one.",
+        tuple(
+            make(found)
+            for make in (
+                summary, too_low, groups, left_out, emulated, limits, repeats, paging, details,
+            )
+        ),
+    )  # fmt: skip

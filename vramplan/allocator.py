@@ -9,8 +9,10 @@ Source: torch 2.11 ``c10/cuda/CUDACachingAllocator.cpp`` (``malloc``, ``get_free
 ``alloc_block``, ``should_split``, ``release_cached_blocks``), ``c10/core/AllocatorConfig.h``.
 
 Known limitations:
-    One stream; default settings (no expandable segments, no split limit). Segment addresses are
-    taken as rising, where the driver may reuse a hole.
+    One stream; default settings (no expandable segments, no split limit). Among free blocks of one
+    size PyTorch takes the lowest address, so the driver's choice of addresses matters. It is taken
+    to go downwards, and to fill the lowest hole that is large enough first: of the orders tried the
+    one that explains recorded runs, with and without a limit (driver 580, H100).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ ROUND_LARGE = 2 * 1024**2
 MIN_BLOCK = 512
 ADDRESS_BITS = 50
 ADDRESS_MASK = (1 << ADDRESS_BITS) - 1
+TOP_ADDRESS = 1 << (ADDRESS_BITS - 1)
 
 
 class OutOfMemory(Exception):
@@ -58,8 +61,10 @@ class CachingAllocator:
         self.peak_reserved = 0
         self.allocated = 0
         self.peak_allocated = 0
+        self.ready_slack = 0  # bytes of unsplit blocks when training begins, for the replay
         self.retries = 0
-        self._top = 0
+        self._bottom = TOP_ADDRESS
+        self._holes: list[list[int]] = []  # [first address, end] of released segments, rising
         # free blocks sorted by size, then address, both in one number: small pool, large pool
         self._free: tuple[list[int], list[int]] = ([], [])
         self._blocks: dict[int, Block] = {}
@@ -99,9 +104,31 @@ class CachingAllocator:
                 raise OutOfMemory
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        block = Block(self._top, size, small)
-        self._top += size
-        return block
+        return Block(self._place(size), size, small)
+
+    def _place(self, size: int) -> int:
+        """Where the driver puts a segment."""
+        for index, hole in enumerate(self._holes):
+            if hole[1] - hole[0] >= size:
+                address = hole[0]
+                hole[0] += size
+                if hole[0] == hole[1]:
+                    del self._holes[index]
+                return address
+        self._bottom -= size
+        return self._bottom
+
+    def _release(self, block: Block) -> None:
+        """Give a whole segment back to the driver; neighbouring holes become one."""
+        self.reserved -= block.size
+        start, end = block.address, block.address + block.size
+        index = bisect_left(self._holes, [start, end])
+        if index < len(self._holes) and self._holes[index][0] == end:
+            end = self._holes.pop(index)[1]
+        if index and self._holes[index - 1][1] == start:
+            index -= 1
+            start = self._holes.pop(index)[0]
+        self._holes.insert(index, [start, end])
 
     def _split(self, block: Block, nbytes: int) -> None:
         rest = Block(block.address + nbytes, block.size - nbytes, block.small)
@@ -148,7 +175,7 @@ class CachingAllocator:
             for key in pool:
                 block = self._blocks[key & ADDRESS_MASK]
                 if block.prev is None and block.next is None:
-                    self.reserved -= block.size
+                    self._release(block)
                     del self._blocks[block.address]
                 else:
                     kept.append(key)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,36 @@ class ConfigReader:
             )
         return count
 
+    def optional(self, key: str, default: float | None) -> float | None:
+        """A positive number that null switches off."""
+        if key in self.values and self.values[key] is None:
+            return None
+        if default is None and key not in self.values:
+            return None
+        return self.number(key, default=default or 0.0, low=1e-6, high=1e9)
+
+    def layer_types(
+        self, num_layers: int, allowed: Sequence[str], default: Sequence[str]
+    ) -> tuple[str, ...]:
+        """The kind of every layer.
+
+        Args:
+            num_layers: How many there must be.
+            allowed: The kinds that are known.
+            default: The kinds when the config does not say.
+        """
+        kinds = self.values.get("layer_types")
+        if kinds is None:
+            return tuple(default)
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise self.fail("layer_types", f"must be a list of {num_layers} kinds, one a layer")
+        for kind in kinds:
+            if kind not in allowed:
+                raise self.fail(
+                    "layer_types", f"may hold {' and '.join(allowed)}, not {_show(kind)}"
+                )
+        return tuple(kinds)
+
     def rope(self, key: str, default: float) -> float:
         """A rotary parameter: top level in old configs, in rope_parameters in new ones."""
         nested = self.values.get("rope_parameters")
@@ -170,6 +200,21 @@ class ConfigReader:
                 key, default=default, low=0.0, high=1.0
             )
         return self.number(key, default=default, low=0.0, high=1.0)
+
+    def rotary_dim(self, head_dim: int, default_share: float) -> int:
+        """Rotated part of a head: ``partial_rotary_factor`` of it.
+
+        Raises:
+            ConfigError: If no pairs of elements are left to rotate, or half a pair.
+        """
+        share = self.rope("partial_rotary_factor", default_share)
+        rotated = int(head_dim * share)
+        if rotated < 2 or rotated % 2:
+            raise self.fail(
+                "partial_rotary_factor",
+                f"({share}) rotates {rotated} elements of a head of {head_dim}; it takes pairs",
+            )
+        return rotated
 
     def dtype(self) -> Dtype:
         """Dtype of the checkpoint; bf16 when the config does not say."""

@@ -2,7 +2,7 @@
 
 One steady training step of transformers' Trainer is walked on the tape: batch, forward, loss,
 backward and optimizer step. Identical layers are walked once: the first, whose input may
-need no gradient, and one that stands for all others.
+need no gradient, and one that stands for all others, or one period where kinds of layers alternate.
 
 Source: transformers 5.17.0 ``trainer.py`` (``training_step``), ``loss/loss_utils.py``; accelerate
 1.15.0 ``utils/operations.py`` (``convert_outputs_to_fp32``); torch 2.11.
@@ -19,9 +19,9 @@ from vramplan.families import Family, find_family
 from vramplan.families.common import Env
 from vramplan.formats import FP32, INT64
 from vramplan.job import Job
-from vramplan.layers import Built, Layer
+from vramplan.layers import Built, Layer, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import Param, Storage, Tape, Tensor
+from vramplan.tape import Leaf, Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
@@ -65,11 +65,6 @@ class Estimate:
         return self.tape.timeline()
 
 
-def runs_of(num_layers: int) -> list[int]:
-    """How many identical layers each walked layer stands for: the first alone, all others."""
-    return [1] if num_layers == 1 else [1, num_layers - 1]
-
-
 def num_cublaslt_threads(model: Model, job: Job) -> int:
     """How many threads hold a cuBLASLt workspace: those that run a linear layer with a bias.
 
@@ -83,7 +78,7 @@ def num_cublaslt_threads(model: Model, job: Job) -> int:
     arch = model.architecture
     in_block = not (job.quantised and job.quant_type == "int8") and any(
         isinstance(module, LinearSpec) and module.bias and module.cls != "FalconLinear"
-        for module in arch.block
+        for module in arch.modules()
     )
     return int(in_block or arch.head.bias) + int(in_block and job.gradient_checkpointing)
 
@@ -131,18 +126,6 @@ def estimate(
     return Step(model, job, capability, workspace_bytes).run()
 
 
-def require_grad(t: Tape, embeds: Tensor) -> Tensor:
-    """enable_input_require_grads: the output of a frozen embedding becomes a leaf with a gradient.
-
-    Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
-    """
-    storage = embeds.storage
-    assert storage is not None
-    # a leaf of the graph alone, which goes with it: a trainable Param is its own node and stays
-    leaf = Param(storage, embeds.numel, embeds.dtype, trainable=False, owner=t.owner, copies=1)
-    return Tensor(storage, embeds.numel, embeds.dtype, leaf)
-
-
 class Step:
     """Walks one steady step of a job."""
 
@@ -152,7 +135,7 @@ class Step:
         self.model = model
         self.job = job
         self.family = find_family(model.family)
-        self.runs = runs_of(model.dims.num_layers)
+        self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
         self.tape = Tape(job.autocast_dtype)
         self.tape.kind = Kind.WEIGHTS
         self.built = Built(self.tape, model, job, self.runs)
@@ -173,6 +156,7 @@ class Step:
             else CUBLAS_WORKSPACE
         )
         self.marks: list[int] = []
+        self.leaf: Leaf | None = None
 
     def run(self) -> Estimate:
         """Load, then one steady step."""
@@ -181,11 +165,7 @@ class Step:
         t.phase = Phase.PREPARE
         self.built.cast_biases()
         optimizer_bytes, paged, self.optimizer = self._optimizer_state()
-        lt = [CUBLASLT_WORKSPACE] * num_cublaslt_threads(self.model, self.job)
-        self.workspaces = [
-            Storage(t, nbytes, Kind.WORKSPACE, "cublas")
-            for nbytes in (self.workspace_bytes, self.workspace_bytes, *lt)  # one a thread
-        ]
+        self.workspaces = self._workspaces()
         static = t.live_bytes
         before = t.peak_bytes
         t.peak_bytes = 0
@@ -234,6 +214,20 @@ class Step:
                     ]
         return t.live_bytes - start, paged, held
 
+    def _workspaces(self) -> list[Storage]:
+        """What cuBLAS and cuBLASLt hold for the thread of the forward and that of the backward."""
+        held = []
+        threads = num_cublaslt_threads(self.model, self.job)
+        for library, nbytes, count in (
+            ("cublas", self.workspace_bytes, 2),
+            ("cublaslt", CUBLASLT_WORKSPACE, threads),
+        ):
+            for backward in (False, True)[:count]:
+                storage = Storage(self.tape, nbytes, Kind.WORKSPACE, "cublas")
+                self.tape.await_use(library, backward=backward, block=storage.block)
+                held.append(storage)
+        return held
+
     def _batch(self) -> list[Tensor]:
         """input_ids, attention_mask and labels, as the data loader moves them to the device."""
         t = self.tape
@@ -251,6 +245,9 @@ class Step:
             self._backward(loss)
         del loss
         self.env.kept = None
+        if self.leaf is not None:
+            self.leaf.release()
+            self.leaf = None
         del batch
 
     def _forward(self) -> Tensor:
@@ -272,7 +269,7 @@ class Step:
         self.marks.append(t.position)
         t.kind = Kind.LOGITS
         t.phase = Phase.LOSS
-        logits = self.built.head(t, hidden)
+        logits = self.family.head(t, self.built.head, hidden, self.env)
         t.owner = "loss"
         return self._loss(logits), logits
 
@@ -284,33 +281,62 @@ class Step:
         t.owner = name
         position_ids = t.new(env.length, INT64, Kind.BATCH) if self.family.positions else None
         t.owner = spec.name
-        embeds = ops.embedding(t, built.embedding.weight, env.tokens, spec.width)
-        if self.job.gradient_checkpointing and embeds.node is None:
-            embeds = require_grad(t, embeds)
+        embeds = self._require_grad(self.family.embed(t, built.embedding, env))
         t.owner = name
         hidden, held = self.family.enter(t, built.outside, embeds, env)
         t.owner = name
         self.family.prepare(t, embeds, env)
         del embeds
         self.marks = [t.position]
-        for layer, repeats in zip(built.layers, self.runs, strict=True):
-            with t.repeated(repeats):
-                hidden = self._layer(layer, hidden)
+        for layers, run in zip(built.layers, self.runs, strict=True):
+            with t.repeated(run.repeats):
+                for layer in layers:
+                    hidden = self._layer(layer, hidden)
             self.marks.append(t.position)
         env.kept = None
         if built.final_norm is not None:
             hidden = self.family.norm(t, built.final_norm, hidden, env)
         hidden = self.family.leave(t, built.outside, hidden, env)
-        del position_ids, held
-        if not self.job.gradient_checkpointing:  # nobody will run a block again
-            env.drop_shared()
+        del position_ids, held  # the model's forward holds them to its end
+        if self.job.gradient_checkpointing:
+            env.keep(env.dims.kinds)
+        else:  # nobody will run a block again: the graph alone holds tables, and no masks
+            env.keep(self._folded_kinds(), masks=False)
         return hidden
+
+    def _folded_kinds(self) -> set[str]:
+        """Kinds of which no layer is written out before the folded ones.
+
+        The first layer of such a kind is the last to let go of its tables. Which repetition does
+        cannot be written in a folded section, so they are held until all have been walked back.
+        """
+        seen: set[str] = set()
+        folded: set[str] = set()
+        for run in self.runs:
+            if run.repeats > 1:
+                folded.update(kind for kind in run.kinds if kind not in seen)
+            seen.update(run.kinds)
+        return folded
+
+    def _require_grad(self, embeds: Tensor) -> Tensor:
+        """enable_input_require_grads: checkpointing makes a frozen embedding's output a leaf.
+
+        Its gradient is computed and kept with it until the graph goes.
+
+        Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
+        """
+        if not self.job.gradient_checkpointing or embeds.node is not None:
+            return embeds
+        assert embeds.storage is not None
+        self.leaf = Leaf(embeds.storage, embeds.numel, embeds.dtype, True, self.tape.owner, 1)
+        return self.leaf
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
         t, env, block = self.tape, self.env, self.family.block
 
         def run() -> Tensor:
             t.owner = layer.name
+            env.use(layer.kind)
             return block(t, layer, hidden, env)
 
         return t.checkpoint(run) if self.job.gradient_checkpointing else run()
@@ -331,9 +357,10 @@ class Step:
         marks = self.marks
         for index in reversed(range(len(self.runs))):
             t.run_backward(marks[index + 1])
-            with t.repeated(self.runs[index]):
+            with t.repeated(self.runs[index].repeats):
                 t.run_backward(marks[index])
-        self.env.drop_shared()  # the last checkpoint held them
+            # the checkpoints of the layers still to come hold theirs
+            self.env.keep([kind for run in self.runs[:index] for kind in run.kinds])
         t.run_backward()
 
     def _optimizer_step(self) -> None:
@@ -345,15 +372,25 @@ class Step:
         count = sum(p.copies for p in trainable)
         norms = Storage(t, BLOCK_BYTES * count, Kind.WORKSPACE, "clip_grad_norm")
         del norms
-        optimizer = self.job.optimizer
-        held: list[Storage] = []
-        if optimizer.loop_temporaries and trainable:
-            trainable = sorted(trainable, key=lambda p: -p.numel)[:1]
-        for param in trainable:
-            copies = 1 if optimizer.loop_temporaries else param.copies
-            held += [
-                Storage(t, nbytes, Kind.WORKSPACE, "optimizer", copies)
-                for nbytes in optimizer.step_temporaries(param.numel, param.dtype)
-            ]
-        held.clear()
+        self._update(trainable)
         t.zero_grad(self.built.trainable)
+
+    def _update(self, trainable: list[Param]) -> None:
+        """The temporaries of the optimizer's step."""
+        t, optimizer = self.tape, self.job.optimizer
+        if optimizer.loop_temporaries:  # one parameter after another: the largest decides
+            for param in sorted(trainable, key=lambda p: -p.numel)[:1]:
+                sizes = optimizer.step_temporaries(param.numel, param.dtype)
+                held = [Storage(t, nbytes, Kind.WORKSPACE, "optimizer") for nbytes in sizes]
+                del held
+            return
+        made: list[tuple[int, Storage]] = []
+        for copies, params in groupby(trainable, key=lambda p: p.copies):
+            with t.repeated(copies):  # in the order of the parameters, layer after layer
+                made += [
+                    (copies, Storage(t, nbytes, Kind.WORKSPACE, "optimizer"))
+                    for param in params
+                    for nbytes in optimizer.step_temporaries(param.numel, param.dtype)
+                ]
+        for copies, storage in made:  # all live until the last
+            storage.copies = copies

@@ -11,7 +11,9 @@ Source: transformers 5.17 ``integrations/bitsandbytes.py``; peft 0.21 ``tuners/l
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vramplan import ops
 from vramplan.errors import UsageError
@@ -74,7 +76,10 @@ class Linear:
             return ops.matmul_8bit(t, x, rows, columns)
         dtype = x.dtype
         x = ops.to(t, x, self.compute)
-        return ops.to(t, ops.matmul_4bit(t, x, rows, columns, self.dequantised, self.stored), dtype)
+        out = ops.matmul_4bit(
+            t, x, rows, columns, self.dequantised, self.stored, biased=self.bias is not None
+        )
+        return ops.to(t, out, dtype)
 
     def _plain(self, t: Tape, x: Tensor) -> Tensor:
         rows, columns = self.spec.out_features, self.spec.in_features
@@ -149,9 +154,65 @@ class Layer:
     """
 
     name: str = ""
+    kind: str = ""
     linears: dict[str, Linear] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     embeddings: dict[str, Embedding] = field(default_factory=dict)
+
+
+class Run(NamedTuple):
+    """Consecutive layers of these kinds, walked once for ``repeats`` repetitions of them."""
+
+    kinds: tuple[str, ...]
+    repeats: int
+
+
+def runs_of(kinds: Sequence[str], lead: int = 1) -> list[Run]:
+    """Fold the layers: the first alone, then repeating periods, what is between written out.
+
+    Two repeated runs never touch: what one hands to the next would be counted differently on
+    either side (see ``timeline.handed_on``).
+
+    Args:
+        kinds: The kind of every layer.
+        lead: How many layers to write out first.
+    """
+    runs: list[Run] = []
+    start = 0
+    while start < len(kinds):
+        length, repeats = 1, 1
+        if start >= lead and runs[-1].repeats == 1:
+            length, repeats = _period(kinds, start)
+        runs.append(Run(tuple(kinds[start : start + length]), repeats))
+        start += length * repeats
+    return runs
+
+
+def _period(kinds: Sequence[str], start: int) -> tuple[int, int]:
+    """Length and repetitions of the period from ``start`` that saves the most layers."""
+    best, saved = (1, 1), 0
+    left = len(kinds) - start
+    for length in range(1, left // 2 + 1):
+        if saved >= left - length:
+            break
+        period = kinds[start : start + length]
+        repeats = 1
+        while kinds[start + repeats * length : start + (repeats + 1) * length] == period:
+            repeats += 1
+        if length * (repeats - 1) > saved:
+            best, saved = (length, repeats), length * (repeats - 1)
+    return best
+
+
+def num_lead_layers(model: Model, job: Job) -> int:
+    """Layers up to the first with something to train: later ones alone see a gradient's input."""
+    arch = model.architecture
+    names = resolve_targets(arch, job) | set(job.modules_to_save)
+    for index, kind in enumerate(model.dims.kinds):
+        modules = arch.block_of(kind)
+        if job.method == "full" or any(m.name.rsplit(".", 1)[-1] in names for m in modules):
+            return index + 1
+    return 1
 
 
 class Built:
@@ -161,10 +222,10 @@ class Built:
         t: The tape; weights are written to it as allocations.
         model: The model.
         job: The job, which decides dtypes, quantisation and adapters.
-        runs: How many identical layers each walked layer stands for, in order.
+        runs: How the layers are folded; ``layers`` holds one list a run.
     """
 
-    def __init__(self, t: Tape, model: Model, job: Job, runs: list[int]) -> None:
+    def __init__(self, t: Tape, model: Model, job: Job, runs: list[Run]) -> None:
         self.t = t
         self.runs = runs
         self.job = job
@@ -180,13 +241,53 @@ class Built:
         self.outside = Layer()
         for spec in arch.outside:
             self._add(self.outside, spec, "", 1)
-        self.layers = [self._layer(arch, runs, i) for i in range(len(runs))]
+        self.layers: list[list[Layer]] = []
+        start = 0
+        for run in runs:
+            self.layers.append(self._run(arch, run, start))
+            start += len(run.kinds) * run.repeats
         self.final_norm = self._norm(arch.final_norm, "", 1) if arch.final_norm else None
         self.head = self._head(arch.head)
         for nbytes in arch.model_buffers:
             self._hold(nbytes, Kind.WEIGHTS, "buffers")
         if self._to_cast:
             self._cast_to_fp32()
+        self._add_adapters()
+
+    def _add_adapters(self) -> None:
+        """get_peft_model, once the model is loaded and prepared.
+
+        Adapters come to the device in the dtype of a layer that is not quantised; when all are
+        there, peft makes them fp32 one after another.
+
+        Source: peft 0.21 ``tuners/tuners_utils.py`` (``_move_adapter_to_device_of_base_layer``,
+        ``cast_adapter_dtype``).
+        """
+        self.t.phase = Phase.PREPARE
+        made = [(1, self._adapt(self.outside.linears.values(), 1))]
+        for run, layers in zip(self.runs, self.layers, strict=True):
+            with self.t.repeated(run.repeats):
+                linears = [linear for layer in layers for linear in layer.linears.values()]
+                made.append((run.repeats, self._adapt(linears, run.repeats)))
+        made.append((1, self._adapt([self.head], 1)))
+        for repeats, params in made:
+            with self.t.repeated(repeats):
+                for param in params:
+                    nbytes = round_block(param.numel * param.dtype.size)
+                    if param.storage is not None and param.storage.nbytes != nbytes:
+                        param.storage = Storage(self.t, nbytes, Kind.ADAPTERS, param.owner)
+
+    def _adapt(self, linears: Iterable[Linear], copies: int) -> list[Param]:
+        """LoRA matrices for those that are targets; the two of each, in order."""
+        r, made = self.job.lora_r, []
+        for linear in linears:
+            rows, columns = linear.spec.out_features, linear.spec.in_features
+            if linear.spec.name.rsplit(".", 1)[-1] in self.targets:
+                a = self._adapter_param(r * columns, r, linear.owner, copies)
+                b = self._adapter_param(rows * r, rows, linear.owner, copies)
+                linear.adapter = Adapter(a, b, r, self.job.lora_dropout)
+                made += [a, b]
+        return made
 
     def _cast_to_fp32(self) -> None:
         """prepare_model_for_kbit_training: one parameter after another, then empty_cache.
@@ -206,9 +307,9 @@ class Built:
 
         Source: bitsandbytes 0.50.2 ``nn/modules.py`` (``Linear4bit.forward``).
         """
-        for layer, copies in zip(self.layers, self.runs, strict=True):
-            with self.t.repeated(copies):
-                for linear in layer.linears.values():
+        for layers, run in zip(self.layers, self.runs, strict=True):
+            with self.t.repeated(run.repeats):
+                for linear in (x for layer in layers for x in layer.linears.values()):
                     bias = linear.bias
                     four_bit = linear.quant_type not in ("", "int8")
                     if four_bit and bias is not None and bias.dtype is not linear.compute:
@@ -238,7 +339,8 @@ class Built:
             trainable = self.job.method == "full"
         loaded = self.job.weight_dtype
         cast = kind is Kind.WEIGHTS and dtype is not loaded and copies == 1
-        size = loaded.size if cast else dtype.size
+        moved = kind is Kind.ADAPTERS and not self.job.quantised  # cast by peft when all are there
+        size = loaded.size if cast or moved else dtype.size
         storage = Storage(self.t, round_block(numel * size), kind, owner)
         param = Param(storage, numel, dtype, trainable, owner, copies)
         if cast:
@@ -263,8 +365,11 @@ class Built:
     def _embedding(self, spec: EmbeddingSpec) -> Embedding:
         numel = spec.num_parameters
         weight = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
-        if self._saved_copy(spec.name):
+        saved = self._saved_copy(spec.name)
+        if saved:
             weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1, saved=True)
+        for nbytes in spec.buffers * (1 + saved):  # the copy is one of the whole module
+            self._hold(nbytes, Kind.WEIGHTS, "buffers")
         weight.embedding = True
         return Embedding(spec, spec.name, weight)
 
@@ -280,7 +385,7 @@ class Built:
     def _adapter_param(
         self, numel: int, rows: int, owner: str, copies: int, *, saved: bool = False
     ) -> Param:
-        """A LoRA matrix (fp32), or a modules_to_save copy (in the dtype of the original)."""
+        """A LoRA matrix (fp32 in the end), or a modules_to_save copy (in the original's dtype)."""
         return self._param(
             numel,
             rows,
@@ -294,7 +399,6 @@ class Built:
     def _linear(self, spec: LinearSpec, prefix: str, copies: int) -> Linear:
         job = self.job
         owner = prefix + spec.name
-        last = spec.name.rsplit(".", 1)[-1]
         rows, columns = spec.out_features, spec.in_features
         if job.quantised and spec.cls != "FalconLinear":  # bitsandbytes takes no other subclass
             layer = self._quantised(spec, owner, copies)
@@ -302,13 +406,6 @@ class Built:
             weight = self._param(rows * columns, rows, self.plain_dtype, owner, copies)
             bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
             layer = Linear(spec, owner, weight, bias)
-        if last in self.targets:
-            layer.adapter = Adapter(
-                self._adapter_param(job.lora_r * columns, job.lora_r, owner, copies),
-                self._adapter_param(rows * job.lora_r, rows, owner, copies),
-                job.lora_r,
-                job.lora_dropout,
-            )
         return layer
 
     def _quantised(self, spec: LinearSpec, owner: str, copies: int) -> Linear:
@@ -317,26 +414,37 @@ class Built:
         fmt = QUANT_FORMATS[job.quant_type]
         # the whole weight comes to the device first and goes when it is quantised
         whole = rows * columns * job.weight_dtype.size
-        loaded = Storage(self.t, round_block(whole), Kind.WEIGHTS, owner)
-        for _name, nbytes in fmt.parts(rows, columns, job.double_quant):
+        passing = [Storage(self.t, round_block(whole), Kind.WEIGHTS, owner)]
+        scales = round_block(-(-rows * columns // fmt.block) * 4) if fmt.block else 0
+        nested = fmt.nested and job.double_quant
+        if nested:  # fp32 scales, then their distance from the mean, then those quantised
+            passing.append(Storage(self.t, scales, Kind.WEIGHTS, owner))
+        for name, nbytes in fmt.parts(rows, columns, job.double_quant):
+            if nested and name == "absmax":
+                passing.append(Storage(self.t, scales, Kind.WEIGHTS, owner))
             self._hold(nbytes, Kind.WEIGHTS, owner)
-        del loaded
+        del passing
         bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
         layer = Linear(spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype)
         if fmt.block:
             layer.dequantised = dequantised_bytes(job, rows, columns)
         return layer
 
-    def _layer(self, arch: Architecture, runs: list[int], index: int) -> Layer:
-        copies = runs[index]
-        position = "*" if copies > 1 else str(sum(runs[:index]))
+    def _run(self, arch: Architecture, run: Run, start: int) -> list[Layer]:
+        layers = []
+        with self.t.repeated(run.repeats):  # loaded layer after layer
+            for index, kind in enumerate(run.kinds, start):
+                position = "*" if run.repeats > 1 else str(index)
+                layers.append(self._layer(arch, kind, position, run.repeats))
+        return layers
+
+    def _layer(self, arch: Architecture, kind: str, position: str, copies: int) -> Layer:
         prefix = f"{arch.layer_prefix}.{position}."
-        layer = Layer(prefix.removesuffix("."))
-        with self.t.repeated(copies):  # loaded layer after layer
-            for spec in arch.block:
-                self._add(layer, spec, prefix, copies)
-            for nbytes in arch.layer_buffers:
-                self._hold(nbytes, Kind.WEIGHTS, prefix + "buffers")
+        layer = Layer(prefix.removesuffix("."), kind)
+        for spec in arch.block_of(kind):
+            self._add(layer, spec, prefix, copies)
+        for nbytes in arch.layer_buffers:
+            self._hold(nbytes, Kind.WEIGHTS, prefix + "buffers")
         return layer
 
     def _add(self, layer: Layer, spec: ModuleSpec, prefix: str, copies: int) -> None:
@@ -366,15 +474,7 @@ class Built:
             bias = self._param(rows, 1, self.plain_dtype, spec.name, 1)
             if saved:
                 bias = self._adapter_param(rows, 1, spec.name, 1, saved=True)
-        head = Linear(spec, spec.name, weight, bias)
-        if spec.name.rsplit(".", 1)[-1] in self.targets:
-            head.adapter = Adapter(
-                self._adapter_param(self.job.lora_r * columns, self.job.lora_r, spec.name, 1),
-                self._adapter_param(rows * self.job.lora_r, rows, spec.name, 1),
-                self.job.lora_r,
-                self.job.lora_dropout,
-            )
-        return head
+        return Linear(spec, spec.name, weight, bias)
 
 
 def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
@@ -390,7 +490,7 @@ def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
     known = linear | {head}
     savable = known | {arch.embedding.name.rsplit(".", 1)[-1]}
     norm = () if arch.final_norm is None else (arch.final_norm,)
-    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.block, *arch.outside, *norm)}
+    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.modules(), *arch.outside, *norm)}
     savable -= linear  # a layer that is quantised or adapted cannot be saved whole
     for name in job.modules_to_save:
         if name not in savable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +20,11 @@ class Dims:
         tied: Whether input embedding and output head are one parameter.
         sliding_window: Attention span in tokens, None for full attention.
         num_sliding_layers: Layers that use the window.
+        attn_logit_softcapping: Cap of the attention scores (tanh), None for none.
+        final_logit_softcapping: Cap of the logits (tanh), None for none.
+        qk_layernorm: Whether queries and keys are normalised before they are rotated, where the
+            config says so.
+        layer_kinds: Kind of each layer where a family has several (``layer_types``); empty: one.
         embedding_width: Width of the token table where it is not hidden_size, else 0.
         norm_before: Whether a block's norms come before what they feed, not after.
         final_norm: Whether there is a norm after the last layer.
@@ -48,7 +54,11 @@ class Dims:
     embedding_dropout: float = 0.0
     sliding_window: int | None = None
     num_sliding_layers: int = 0
+    layer_kinds: tuple[str, ...] = ()
     parallel_residual: bool = False
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    qk_layernorm: bool = False
     embedding_width: int = 0
     norm_before: bool = True
     final_norm: bool = True
@@ -58,6 +68,11 @@ class Dims:
     grouped_qkv: bool = False
     num_parallel_norms: int = 1
     dtype: Dtype = BF16
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every layer, "" where all are alike."""
+        return self.layer_kinds or ("",) * self.num_layers
 
 
 class LinearSpec(NamedTuple):
@@ -93,11 +108,12 @@ class NormSpec(NamedTuple):
 
 
 class EmbeddingSpec(NamedTuple):
-    """An ``nn.Embedding``: a table [num_embeddings, width]."""
+    """An ``nn.Embedding``: a table [num_embeddings, width], and bytes of each buffer beside it."""
 
     name: str
     num_embeddings: int
     width: int
+    buffers: tuple[int, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -115,6 +131,7 @@ class Architecture:
     Attributes:
         embedding: Input table.
         block: Modules of one decoder layer, names relative to it, in order of registration.
+        blocks: Modules of the layers of a kind, where those of ``block`` are not theirs.
         final_norm: Norm before the head, None where the model has none.
         head: Output head; shares the embedding's table when tied.
         layer_prefix: Path of the layers, e.g. ``model.layers``.
@@ -131,26 +148,34 @@ class Architecture:
     layer_buffers: tuple[int, ...] = ()
     model_buffers: tuple[int, ...] = ()
     outside: tuple[ModuleSpec, ...] = ()
+    blocks: Mapping[str, tuple[ModuleSpec, ...]] = field(default_factory=dict)
+
+    def block_of(self, kind: str) -> tuple[ModuleSpec, ...]:
+        """Modules of a layer of that kind."""
+        return self.blocks.get(kind, self.block)
+
+    def modules(self) -> tuple[ModuleSpec, ...]:
+        """Modules of one layer of every kind."""
+        return (*self.block, *(module for block in self.blocks.values() for module in block))
 
     def num_parameters(self, dims: Dims) -> int:
         """Parameters of the model; a tied head is counted once."""
         head = self.head.num_parameters
         if dims.tied:
             head -= self.head.in_features * self.head.out_features
-        layer = sum(module.num_parameters for module in self.block)
-        return (
-            self.embedding.num_parameters
-            + dims.num_layers * layer
-            + sum(module.num_parameters for module in self.outside)
-            + (self.final_norm.num_parameters if self.final_norm is not None else 0)
-            + head
+        layers = sum(
+            count * sum(module.num_parameters for module in self.block_of(kind))
+            for kind, count in Counter(dims.kinds).items()
         )
+        outside = sum(module.num_parameters for module in self.outside)
+        norm = self.final_norm.num_parameters if self.final_norm is not None else 0
+        return self.embedding.num_parameters + layers + outside + norm + head
 
     def linear_names(self) -> tuple[str, ...]:
         """Last path component of every linear layer but the head."""
         return tuple(
             m.name.rsplit(".", 1)[-1]
-            for m in (*self.block, *self.outside)
+            for m in (*self.modules(), *self.outside)
             if isinstance(m, LinearSpec)
         )
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from vramplan.gpus import Gpu
 
 
-# Limits that were really tried lie up to 2 % above the replayed smallest one; a verdict keeps this
-# distance.
-LIMIT_MARGIN = 0.03
+# Smallest limits that were really found lie at most so far above the replayed ones
+# (reports/accuracy.md); a verdict keeps this distance.
+LIMIT_MARGIN = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Prediction:
 
     @property
     def ready_bytes(self) -> int:
-        """Allocated when training is about to start."""
-        return self.estimate.ready_bytes
+        """Allocated when training is about to start, unsplit blocks at their full size."""
+        return self.estimate.ready_bytes + self.cache.ready_slack_bytes
 
     @property
     def load_peak_bytes(self) -> int:
@@ -123,8 +123,8 @@ class Verdict:
         gpu: Slug or size asked for.
         usable_bytes: What a process can have of it.
         verdict: ``fits``, ``tight`` or ``no``.
-        headroom_bytes: Usable minus what the job takes unhurried (minus its smallest need when it
-            does not fit unhurried).
+        headroom_bytes: Usable minus what the job takes unhurried (minus its smallest need, safety
+            margin included, when it does not fit unhurried). Negative exactly for ``no``.
     """
 
     gpu: str
@@ -134,14 +134,20 @@ class Verdict:
 
 
 def job_for(job: Job, gpu: Gpu | None) -> Job:
-    """The job as this card would run it: without bf16 units it trains in fp16 with a scaler."""
+    """The job as this card would run it: without bf16 units it trains in fp16 with a scaler.
+
+    The scaler refuses 16-bit gradients, so full fine-tuning then needs fp32 weights; adapters are
+    fp32 anyway.
+
+    Source: torch 2.11 ``amp/grad_scaler.py`` ("Attempting to unscale FP16 gradients").
+    """
     if gpu is None or gpu.supports_bf16:
         return job
-    return replace(
-        job,
-        mixed_precision="fp16" if job.mixed_precision == "bf16" else job.mixed_precision,
-        dtype="fp16" if job.dtype == "bf16" else job.dtype,
-    )
+    precision = "fp16" if job.mixed_precision == "bf16" else job.mixed_precision
+    dtype = "fp16" if job.dtype == "bf16" else job.dtype
+    if job.method == "full" and precision == "fp16":
+        dtype = "fp32"
+    return replace(job, mixed_precision=precision, dtype=dtype)
 
 
 def predict(
@@ -190,6 +196,7 @@ class ReplayedCache:
 
     def __init__(self, replayed: Replay, walked: Estimate) -> None:
         self.replayed = replayed
+        self.ready_slack_bytes = replayed.ready_slack_bytes()
         self.slack_bytes = replayed.slack_bytes()
         self.reserved_bytes = replayed.reserved_bytes()
         self._peak = walked.peak_allocated_bytes
@@ -215,7 +222,7 @@ class SimilarCache:
         other = like.estimate
         other_moving = max(1, other.peak_allocated_bytes - other.static_bytes)
         idle = max(0, like.peak_reserved_bytes - other.peak_allocated_bytes)
-        self.slack_bytes = 0
+        self.ready_slack_bytes = self.slack_bytes = 0
         self.reserved_bytes = peak + idle * moving // other_moving
         self._least = peak + moving // 10
 
@@ -257,7 +264,12 @@ def judge(prediction: Prediction, name: str, usable_bytes: int) -> Verdict:
     room = usable_bytes - prediction.device_peak_bytes
     if room >= 0:
         return Verdict(name, usable_bytes, "fits", room)
-    limit = usable_bytes - prediction.process_bytes
-    if prediction.cache.runs_within(int(limit / (1 + LIMIT_MARGIN))):
-        return Verdict(name, usable_bytes, "tight", limit - prediction.cache.min_limit_bytes())
-    return Verdict(name, usable_bytes, "no", limit - prediction.cache.min_limit_bytes())
+    limit = int((usable_bytes - prediction.process_bytes) / (1 + LIMIT_MARGIN))
+    spare = limit - prediction.cache.min_limit_bytes()
+    return Verdict(name, usable_bytes, "tight" if spare >= 0 else "no", spare)
+
+
+def least_bytes(prediction: Prediction) -> int:
+    """What a card must offer for anything but ``no``: the smallest need with its safety margin."""
+    needed = int(prediction.min_limit_bytes * (1 + LIMIT_MARGIN))
+    return needed + prediction.process_bytes

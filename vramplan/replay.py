@@ -17,9 +17,9 @@ class Replay:
     """A run's requests, ready to be served with and without a limit.
 
     The large pool is replayed block by block. The small pool (requests up to 1 MiB) holds adapters,
-    statistics and other long-lived things in 2 MiB segments and is taken as full ones. When the
-    optimizer's state is large its blocks, allocated at the end of the first step, shape what the
-    second one finds: then both steps are replayed.
+    statistics and other long-lived things in 2 MiB segments and is taken as full ones. Two steps
+    are replayed: workspaces and optimizer state, allocated during the first, shape what the second
+    one finds.
     """
 
     def __init__(self, timeline: Timeline) -> None:
@@ -38,6 +38,10 @@ class Replay:
     def reserved_bytes(self) -> int:
         """Most it reserves, unhurried."""
         return self.roomy().peak_reserved + self.small_bytes
+
+    def ready_slack_bytes(self) -> int:
+        """What unsplit blocks add to the allocated bytes when training is about to start."""
+        return self.roomy().ready_slack
 
     def slack_bytes(self) -> int:
         """What unsplit blocks add to the allocated bytes at the peak."""
@@ -66,13 +70,13 @@ class Replay:
 
 
 def _split_pools(timeline: Timeline) -> tuple[Timeline, Timeline]:
-    """The events of the large and of the small pool."""
+    """The events of the large and of the small pool; marks go where their block is."""
+    small_blocks = {e.block for e in timeline.events() if 0 < e.nbytes <= SMALL_SIZE}
     large, small = [], []
     for section in timeline.sections:
         pools: tuple[list[Event], list[Event]] = ([], [])
         for event in section.events:
-            small_one = event.block > 0 and -SMALL_SIZE <= event.nbytes <= SMALL_SIZE
-            pools[small_one].append(event)
+            pools[event.block in small_blocks].append(event)
         large.append(Section(tuple(pools[0]), section.repeats))
         small.append(Section(tuple(pools[1]), section.repeats))
     return Timeline(tuple(large)), Timeline(tuple(small))
@@ -95,6 +99,8 @@ def _peak(timeline: Timeline) -> int:
 
 def _in_order(timeline: Timeline) -> list[Request]:
     """The requests as a run makes them: load, a first step, optimizer state, a second step."""
+    marked = {e.block for e in timeline.events() if e.nbytes == 0 and e.block > 0}
+    sizes = {e.block: e.nbytes for e in timeline.events() if e.nbytes > 0 and e.block in marked}
     load: list[Section] = []
     state: list[Section] = []
     steps: list[Section] = []
@@ -103,22 +109,30 @@ def _in_order(timeline: Timeline) -> list[Request]:
         for event in section.events:
             if event.phase not in BEFORE_TRAINING:
                 kept[2].append(event)
-            else:
+            elif event.block not in marked:
                 kept[event.kind is Kind.OPTIMIZER].append(event)
         for sections, events in zip((load, state, steps), kept, strict=True):
             sections.append(Section(tuple(events), section.repeats))
     begin = Event(TRAINING_BEGINS, 0, Kind.BATCH, "", Phase.PREPARE)
     load.append(Section((begin,)))
-    if not any(section.events for section in state):
-        return unroll(Timeline((*load, *steps)))
     walk = [
         Section(tuple(e for e in s.events if e.phase is not Phase.STEP), s.repeats) for s in steps
     ]
-    update = [Section(tuple(e for e in s.events if e.phase is Phase.STEP)) for s in steps]
+    update = [
+        Section(tuple(e for e in s.events if e.phase is Phase.STEP), s.repeats) for s in steps
+    ]
     first = unroll(Timeline((*load, *walk, *state, *update)))
+    second = [r for r in unroll(Timeline((*walk, *update))) if r[1] or r[0] <= 0]
     top = max(identity for identity, _ in first)
-    second = unroll(Timeline((*walk, *update)))
-    return first + [(identity + top, nbytes) for identity, nbytes in second]
+    requests = []
+    for identity, nbytes in first:
+        if nbytes or identity <= 0:
+            requests.append((identity, nbytes))
+        elif identity in marked:  # a workspace, at its first use
+            marked.remove(identity)
+            requests.append((top + identity, sizes[identity]))
+    top += max(sizes, default=0)
+    return requests + [(identity + top, nbytes) for identity, nbytes in second]
 
 
 def unroll(timeline: Timeline) -> list[Request]:
@@ -144,7 +158,7 @@ def unroll(timeline: Timeline) -> list[Request]:
                         live.append(fresh)
                         append((fresh, nbytes))
                     continue
-                if nbytes == 0:  # a mark
+                if nbytes == 0:  # a mark, or a workspace's first use
                     append((block, 0))
                     continue
                 oldest = False
@@ -168,14 +182,18 @@ def replay(requests: Iterable[Request], limit: int | None = None) -> CachingAllo
     """
     allocator = CachingAllocator(limit)
     live: dict[int, Block] = {}
+    asked = 0
     malloc, free = allocator.malloc, allocator.free
     for identity, nbytes in requests:
         if nbytes > 0:
             live[identity] = malloc(nbytes)
+            asked += nbytes
         elif nbytes < 0:
             free(live.pop(identity))
+            asked += nbytes
         elif identity == EMPTY_CACHE:
             allocator.empty_cache()
         else:
+            allocator.ready_slack = allocator.allocated - asked
             allocator.peak_allocated = allocator.allocated
     return allocator

@@ -88,6 +88,7 @@ class Param(Tensor):
     """A leaf: a parameter. ``copies`` identical ones exist (one per folded layer)."""
 
     __slots__ = ("copies", "embedding", "grad", "owner", "pending", "rows", "waiting")
+    grad_kind = Kind.GRADIENTS
 
     def __init__(
         self, storage: Storage, numel: int, dtype: Dtype, trainable: bool, owner: str, copies: int
@@ -101,6 +102,17 @@ class Param(Tensor):
         self.embedding = False
         self.pending: Tensor | None = None  # AccumulateGrad's input buffer
         self.waiting = 0
+
+
+class Leaf(Param):
+    """An activation that is a leaf: its gradient stays with it until someone lets go of both."""
+
+    __slots__ = ()
+    grad_kind = Kind.ACTIVATION_GRADIENTS
+
+    def release(self) -> None:
+        """The graph goes; a leaf is its own node."""
+        self.node = self.grad = None
 
 
 class Holder:
@@ -189,6 +201,7 @@ class Tape:
         self._cast_cache: dict[int, tuple[Param, Tensor, int]] = {}
         self._in_autocast = False
         self._ready: list[tuple[int, int, Node]] = []
+        self._awaited: dict[tuple[str, bool], int] = {}
 
     @property
     def position(self) -> int:
@@ -238,6 +251,20 @@ class Tape:
     def empty_cache(self) -> None:
         """Write a call of torch.cuda.empty_cache (a block 0 of no bytes)."""
         self.events.append((0, 0, Kind.WORKSPACE, "empty_cache", self.phase, 1))
+
+    def await_use(self, library: str, *, backward: bool, block: int) -> None:
+        """Write where a thread first uses a library, whose workspace that block is.
+
+        Steady steps find the workspace there; in the first step it is allocated at that moment,
+        between other blocks, which decides how the cache is cut from then on.
+        """
+        self._awaited[library, backward] = block
+
+    def use(self, library: str) -> None:
+        """The thread at work calls ``cublas`` or ``cublaslt``."""
+        block = self._awaited.pop((library, self.phase is Phase.BACKWARD), None)
+        if block is not None:
+            self.events.append((block, 0, Kind.WORKSPACE, library, self.phase, 1))
 
     def finish(self) -> None:
         """End the run: what is released after it (by dropping the model) is not part of it."""
@@ -442,7 +469,7 @@ class Tape:
         param.waiting -= 1
         if param.pending is not None:
             if param.pending.aliased:
-                value = self.new(param.numel, param.pending.dtype, Kind.GRADIENTS)
+                value = self.new(param.numel, param.pending.dtype, param.grad_kind)
             else:
                 value = param.pending
             param.pending = None
@@ -460,12 +487,12 @@ class Tape:
         assert storage is not None
         # two callers' locals, this one, getrefcount's argument
         if _getrefcount(value) <= 4 and _getrefcount(storage) <= 3:
-            if storage.kind is not Kind.GRADIENTS:
-                self._relabel(storage, Kind.GRADIENTS, param.owner)
+            if storage.kind is not param.grad_kind:
+                self._relabel(storage, param.grad_kind, param.owner)
             param.grad = value
         else:
             self.owner = param.owner
-            param.grad = self.new(param.numel, param.dtype, Kind.GRADIENTS)
+            param.grad = self.new(param.numel, param.dtype, param.grad_kind)
 
     def _relabel(self, storage: Storage, kind: Kind, owner: str) -> None:
         """A block changes its purpose without moving."""

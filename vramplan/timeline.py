@@ -199,7 +199,7 @@ def handed_on(timeline: Timeline) -> dict[tuple[int, int], tuple[int, bool]]:
         for event in section.events:
             if event.nbytes > 0:
                 home[event.block], size[event.block] = index, event.nbytes
-            elif event.copies == 1 and event.block in home:
+            elif event.nbytes < 0 and event.copies == 1 and event.block in home:
                 source = home[event.block]
                 if repeats[index] == 1 and repeats[source] > 1:
                     left.setdefault(source, []).append(event.block)
@@ -209,6 +209,8 @@ def handed_on(timeline: Timeline) -> dict[tuple[int, int], tuple[int, bool]]:
     for index, blocks in taken.items():
         for block in blocks:
             for source in (index, *sorted((s for s in left if s < index), reverse=True)):
+                if repeats[source] != repeats[index]:
+                    continue
                 twin = next((b for b in left.get(source, ()) if size[b] == size[block]), None)
                 if twin is not None:
                     matches[index, block] = (twin, source == index)

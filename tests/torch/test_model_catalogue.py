@@ -9,22 +9,14 @@ from typing import Any
 
 import pytest
 
+from vramplan.families import NAMES
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 MODELS = Path(__file__).parents[2] / "profiles" / "models"
 FILES = sorted(MODELS.glob("*.json"))
-FAMILIES = {
-    "bloom",
-    "falcon",
-    "gpt2",
-    "gpt_neox",
-    "gptj",
-    "llama",
-    "mistral",
-    "opt",
-    "qwen2",
-}
+FAMILIES = set(NAMES)
 KEYS = [
     "schema_version",
     "name",

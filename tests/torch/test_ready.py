@@ -21,6 +21,17 @@ SMALL = (
     "tinyllama-1.1b",
     "mistral-7b",
     "qwen2.5-0.5b",
+    "gemma-2b",
+    "gemma-2-2b",
+    "gemma-3-270m",
+    "olmo-2-1b",
+    "phi-1.5",
+    "phi-2",
+    "phi-3-mini-4k",
+    "qwen3-0.6b",
+    "stablelm-2-1.6b",
+    "stablelm-2-12b",
+    "starcoder2-3b",
     "gpt2",
     "opt-125m",
     "opt-350m",
@@ -51,4 +62,11 @@ def test_every_shipped_model(slug: str, name: str) -> None:
 def test_variants(slug: str, name: str) -> None:
     model = find_model(slug)
     job = VARIANTS[name]
+    assert estimate(model, job).ready_bytes == held_bytes(build(dict(model.config), job))
+
+
+@pytest.mark.parametrize("slug", ["tinyllama-1.1b", "gemma-2b", "gemma-3-270m"])
+def test_a_saved_embedding_is_a_copy_of_the_whole_module(slug: str) -> None:
+    model = find_model(slug)
+    job = Job(method="lora", modules_to_save=("embed_tokens",))
     assert estimate(model, job).ready_bytes == held_bytes(build(dict(model.config), job))

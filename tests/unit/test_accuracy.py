@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from vramplan.accuracy import repeats, report, rows, summary
+from vramplan.accuracy import accuracy_page, repeats, rows, summary
+from vramplan.cli.accuracy import FORMS, form
 from vramplan.cli.measured import print_run, read_timeline
 from vramplan.record import read_record
+from vramplan.report.page import Page, Table, table_to_markdown, to_html, to_markdown
 from vramplan.resources import profiles_dir
 
 ROOT = profiles_dir().parent
 FOLDER = profiles_dir() / "calibrations" / "h100-sxm-80gb"
+ROWS = rows(FOLDER)
 
 
 def test_committed_report_is_up_to_date() -> None:
-    committed = (ROOT / "reports" / "accuracy.md").read_text(encoding="utf-8")
-    assert report(FOLDER) == committed
+    page = accuracy_page(FOLDER)
+    for suffix in FORMS:
+        committed = (ROOT / "reports" / f"accuracy{suffix}").read_text(encoding="utf-8")
+        assert form(page, suffix) == committed
 
 
 def test_readme_quotes_the_summary() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in summary(rows(FOLDER)):
+    for line in table_to_markdown(summary(ROWS)):
         assert line in readme
 
 
@@ -35,9 +44,16 @@ def test_readme_shows_a_recorded_run() -> None:
     assert "\n".join(line.rstrip() for line in shown.getvalue().splitlines()) in readme
 
 
+def test_readme_quotes_the_largest_model_that_was_measured() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    record = read_record(FOLDER / "runs" / "llama-65b-qlora-1x512.json")
+    assert record.peak_allocated_bytes is not None
+    assert f"{record.peak_allocated_bytes / 1024**3:.1f} GiB allocated at 1 x 512" in readme
+
+
 def test_enough_is_recorded() -> None:
     """Breadth of the shipped measurements, and that each says where it comes from."""
-    found = [row.record for row in rows(FOLDER)]
+    found = [row.record for row in ROWS]
     done = [record for record in found if record.status == "done"]
 
     def seen(key: str) -> set[object]:
@@ -58,7 +74,7 @@ def test_enough_is_recorded() -> None:
 
 
 def test_every_history_is_there_and_reads() -> None:
-    for row in rows(FOLDER):
+    for row in ROWS:
         path = FOLDER / "runs" / f"{row.record.name}.timeline.json.gz"
         assert path.exists() == row.record.run.history
         if row.record.run.history:
@@ -66,13 +82,14 @@ def test_every_history_is_there_and_reads() -> None:
 
 
 def test_repeated_runs_agree_to_the_byte() -> None:
-    lines = [line for line in repeats(rows(FOLDER)) if line.count("equal") == 2]
-    assert len(lines) == 3
+    found = repeats(ROWS).rows
+    assert len(found) == 3
+    assert all(cell.endswith("equal") for row in found for cell in row[2:4])
 
 
 def test_paging_that_was_asked_for_moved_the_paged_bytes() -> None:
     """After a save read them on the host, the next step brings back exactly the paged bytes."""
-    for row in rows(FOLDER):
+    for row in ROWS:
         seen = row.record.paging
         if seen is None or not seen.measured or not row.record.run.save:
             continue
@@ -81,3 +98,33 @@ def test_paging_that_was_asked_for_moved_the_paged_bytes() -> None:
         assert sum(after.host_to_device_bytes.values()) == row.record.paged_bytes
         assert sum(save.device_to_host_bytes.values()) >= (row.record.paged_bytes or 0)
         assert save.cpu_faults == save.major_faults
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("-o", "x.pdf"), "must end in .md, .html, .csv"),
+        (("-o", "there.md"), "replace it with --force"),
+        (("nowhere",), "holds no records"),
+    ],
+)
+def test_mistakes_get_one_clear_error(
+    tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    (tmp_path / "there.md").write_text("kept")
+    done = subprocess.run(
+        [sys.executable, "-m", "vramplan.cli", "accuracy", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "there.md").read_text() == "kept"
+
+
+def test_names_are_text_in_html() -> None:
+    page = Page("<b>", "a & b", (Table("t|", ("h",), (("<script>\"'|\n",),)),))
+    html, markdown = to_html(page), to_markdown(page)
+    assert "<script>" not in html and "&lt;script&gt;" in html and "&lt;b&gt;" in html
+    assert "| <script>\"'\\|  |" in markdown

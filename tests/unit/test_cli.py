@@ -89,7 +89,7 @@ def test_sequence_beyond_the_positions_warns() -> None:
 def test_json_contract(command: tuple[str, ...]) -> None:
     done = vramplan(command[0], "gpt-j-6b", *command[1:], "--json")
     document = json.loads(done.stdout)
-    assert {key: type(value) for key, value in document.items()} == SCHEMA
+    assert {key: type(document[key]) for key in SCHEMA} == SCHEMA  # additions are allowed
     prediction = document["prediction"]
     assert set(prediction) >= PREDICTION
     assert sum(prediction["breakdown"].values()) == prediction["peak_allocated_bytes"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +12,11 @@ from hypothesis import strategies as st
 from vramplan.accuracy import rows
 from vramplan.allocator import CachingAllocator, OutOfMemory
 from vramplan.catalogue import find_model, model_from_config
-from vramplan.estimate import estimate
+from vramplan.estimate import Estimate, estimate
+from vramplan.families import llama
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
+from vramplan.layers import Run, runs_of
 from vramplan.prediction import LIMIT_MARGIN, job_for, judge, predict, usable_bytes
 from vramplan.replay import unroll
 from vramplan.resources import profiles_dir
@@ -22,8 +27,7 @@ FOLDER = profiles_dir() / "calibrations" / "h100-sxm-80gb"
 ROWS = {row.record.name: row for row in rows(FOLDER)}
 DONE = sorted(name for name, row in ROWS.items() if row.record.status == "done")
 LIMITED = sorted(name for name, row in ROWS.items() if row.record.run.emulated_gpu)
-# Runs near a limit at which fragmentation decides; the replay does not follow it there yet.
-FRAGMENTED = {"llama-3.1-8b-qlora-2x1024-as-t4-16gb"}
+READY_BYTES = 4096  # random generator state and the like, some blocks of 512 bytes
 
 TINY = {
     "llama": {"num_key_value_heads": 2},
@@ -31,6 +35,43 @@ TINY = {
     "qwen2": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "gpt_neox": {"hidden_act": "gelu"},
     "gptj": {"rotary_dim": 8, "n_positions": 512},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 32},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64},
+    "gemma3_text": {
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "sliding_window": 64,
+        "sliding_window_pattern": 3,
+    },
+    "olmo2": {"num_key_value_heads": 2},
+    "phi": {"resid_pdrop": 0.1},
+    "phi-normed": {"model_type": "phi", "qk_layernorm": True, "partial_rotary_factor": 1.0},
+    "phi3": {"num_key_value_heads": 2},
+    "phi3-partial": {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "resid_pdrop": 0.1,
+        "sliding_window": 64,
+    },
+    "stablelm": {"num_key_value_heads": 2, "use_qkv_bias": True},
+    "stablelm-normed": {
+        "model_type": "stablelm",
+        "qk_layernorm": True,
+        "use_parallel_residual": True,
+        "hidden_dropout": 0.1,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "starcoder2": {"num_key_value_heads": 2},
+    "starcoder2-dropout": {
+        "model_type": "starcoder2",
+        "num_key_value_heads": 4,
+        "sliding_window": 64,
+        "attention_dropout": 0.1,
+        "embedding_dropout": 0.1,
+        "residual_dropout": 0.1,
+    },
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 32},
     "gpt2": {},
     "gpt2_upcast": {"model_type": "gpt2", "reorder_and_upcast_attn": True, "attn_pdrop": 0.0},
     "opt": {"ffn_dim": 256},
@@ -70,6 +111,16 @@ def tiny(family: str, layers: int = 6):
         "n_head": 4,
     }
     return model_from_config(config | TINY[family], family)
+
+
+def patterned(kinds: tuple[str, ...]):
+    """A model whose layers of kind "wide" have a larger MLP than the others."""
+    model = tiny("llama", len(kinds))
+    dims = replace(model.dims, layer_kinds=kinds)
+    arch = model.architecture
+    wide = llama.architecture(replace(dims, intermediate_size=2048)).block
+    arch = replace(arch, blocks={"wide": wide})
+    return replace(model, dims=dims, architecture=arch, num_parameters=arch.num_parameters(dims))
 
 
 jobs = st.builds(
@@ -113,7 +164,10 @@ def test_books_balance(family: str, job: Job, layers: int) -> None:
 @given(family=families, job=jobs, layers=st.integers(4, 9))
 def test_folded_layers_equal_written_out_ones(family: str, job: Job, layers: int) -> None:
     """Unrolling the folded timeline gives the same peak, and every release has its allocation."""
-    walked = estimate(tiny(family, layers), job)
+    check_unrolled(estimate(tiny(family, layers), job))
+
+
+def check_unrolled(walked: Estimate) -> None:
     live = best = 0
     alive: set[int] = set()
     for identity, nbytes in unroll(walked.timeline):
@@ -126,6 +180,60 @@ def test_folded_layers_equal_written_out_ones(family: str, job: Job, layers: int
             alive.remove(identity)
     assert best == max(walked.peak_allocated_bytes, walked.load_peak_bytes)
     assert live == walked.static_bytes
+
+
+PATTERNS = (
+    "ab" * 5,  # alternating
+    "aaaaab" * 3 + "aa",  # five to one, and a remainder
+    "aaabbbbb",  # a few of one kind, then another: runs that would touch
+    "baaaaaaaa",
+    "abababaaaabbbb",
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pattern=st.sampled_from(PATTERNS), job=jobs, length=st.integers(1, 30))
+def test_folded_patterns_equal_written_out_ones(pattern: str, job: Job, length: int) -> None:
+    """Layers of several kinds: folded as unrolled, and as a walk that folds nothing."""
+    kinds = tuple({"a": "", "b": "wide"}[letter] for letter in pattern[:length])
+    model = patterned(kinds)
+    walked = estimate(model, job)
+    check_unrolled(walked)
+    peak = walked.timeline.peak()
+    assert sum(peak.by_kind.values()) == peak.nbytes == walked.peak_allocated_bytes
+    assert all(size >= 0 for size in (*peak.by_kind.values(), *peak.by_owner.values()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "vramplan.estimate.runs_of", lambda kinds, _lead: [Run((kind,), 1) for kind in kinds]
+        )
+        plain = estimate(model, job)
+    for number in (
+        "ready_bytes", "peak_allocated_bytes", "static_bytes", "optimizer_bytes", "paged_bytes",
+        "flops", "moved_bytes", "num_trainable",
+    ):  # fmt: skip
+        assert getattr(walked, number) == getattr(plain, number), number
+    assert peak.by_kind == plain.timeline.peak().by_kind
+
+
+@settings(max_examples=200, deadline=None)
+@given(kinds=st.text("abc", min_size=1, max_size=40), lead=st.integers(1, 3))
+def test_runs_are_the_layers_in_order(kinds: str, lead: int) -> None:
+    runs = runs_of(tuple(kinds), lead)
+    assert "".join("".join(run.kinds) * run.repeats for run in runs) == kinds
+    assert all(run == Run((kind,), 1) for run, kind in zip(runs, kinds[:lead], strict=False))
+    repeated = [run.repeats > 1 for run in runs]
+    assert not any(one and other for one, other in pairwise(repeated))
+
+
+def test_runs_of_known_patterns() -> None:
+    assert runs_of(("",)) == [Run(("",), 1)]
+    assert runs_of(("",) * 32) == [Run(("",), 1), Run(("",), 31)]
+    assert runs_of(("s", "f") * 13) == [
+        Run(("s",), 1), Run(("f", "s"), 12), Run(("f",), 1),
+    ]  # fmt: skip
+    five_to_one = ("s", "s", "s", "s", "s", "f") * 4 + ("s", "s")
+    period = ("s", "s", "s", "s", "f", "s")
+    assert runs_of(five_to_one) == [Run(("s",), 1), Run(period, 4), Run(("s",), 1)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,13 +251,12 @@ def test_more_of_anything_never_takes_less(family: str, job: Job) -> None:
 
 @pytest.mark.parametrize("name", DONE)
 def test_recorded_runs(name: str) -> None:
-    """Peak allocated of a real run, within 0.5 %; its paged state to the byte."""
+    """Peak allocated of a real run, within 0.6 %; ready and paged state to the byte."""
     record, prediction = ROWS[name].record, ROWS[name].prediction
-    assert prediction.peak_allocated_bytes == pytest.approx(record.peak_allocated_bytes, rel=0.005)
+    assert prediction.peak_allocated_bytes == pytest.approx(record.peak_allocated_bytes, rel=0.006)
     assert prediction.estimate.num_trainable == record.num_trainable
     assert prediction.paged_bytes == record.paged_bytes
-    assert prediction.ready_bytes == pytest.approx(record.ready_bytes, rel=0.02)
-    assert prediction.ready_bytes <= record.ready_bytes
+    assert prediction.ready_bytes == pytest.approx(record.ready_bytes, abs=READY_BYTES)
 
 
 @pytest.mark.parametrize("name", LIMITED)
@@ -159,8 +266,8 @@ def test_emulated_cards(name: str) -> None:
     assert record.run.limit_bytes is not None
     share = prediction.min_limit_bytes / record.run.limit_bytes
     if record.status == "done":
-        assert share < 1 + LIMIT_MARGIN
-    elif name not in FRAGMENTED:
+        assert share < 1.03
+    else:
         assert share > 1 - LIMIT_MARGIN
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,13 @@ from fakes import FakeNvml
 
 from vramplan.errors import EnvironmentProblem, UsageError
 from vramplan.measure.harness import _terminated_cleanly
-from vramplan.measure.machine import Machine, Sampler, locked, throttle_words
+from vramplan.measure.machine import (
+    Machine,
+    Sampler,
+    check_host_memory,
+    locked,
+    throttle_words,
+)
 from vramplan.units import GIB, MIB
 
 # -- the machine -----------------------------------------------------------------------------------
@@ -229,3 +236,17 @@ def test_signals_are_left_alone_off_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize(("available_kb", "refused"), [(2 * 1024**2, False), (1024**2, True)])
+def test_a_host_without_memory_is_left_alone(
+    tmp_path: Path, available_kb: int, refused: bool
+) -> None:
+    table = tmp_path / "meminfo"
+    table.write_text(f"MemTotal: 99 kB\nMemAvailable: {available_kb} kB\n")
+    context = (
+        pytest.raises(EnvironmentProblem, match="memory available") if refused else nullcontext()
+    )
+    with context:
+        check_host_memory(3 * 1024**3 // 2, meminfo=table)
+    check_host_memory(1024**5, meminfo=tmp_path / "none")  # not known: not refused

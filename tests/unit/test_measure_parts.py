@@ -284,9 +284,9 @@ def test_a_save_needs_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     harness._folder = str(tmp_path)
     spec = spec_of("pythia-1b", method="full", optim="adamw_torch")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=GIB))
-    harness._check_disk(spec)
+    harness._check_host(spec)
     with pytest.raises(EnvironmentProblem, match=r"5\.\d\d GiB|6\.\d\d GiB"):
-        harness._check_disk(replace(spec, save=True))
+        harness._check_host(replace(spec, save=True))
 
 
 @contextlib.contextmanager

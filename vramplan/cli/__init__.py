@@ -44,6 +44,7 @@ COMMANDS = {
     "trace": "trace",
     "measure": "measure",
     "calibrate": "calibrate",
+    "accuracy": "accuracy",
     "gpus": "catalogues",
     "models": "catalogues",
 }
@@ -67,7 +68,7 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:  # the reader went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(141)  # as a shell reports SIGPIPE; 0 and 1 would be answers
     except Exception as error:
         if os.environ.get("VRAMPLAN_DEBUG"):
             raise

@@ -11,6 +11,7 @@ from vramplan.catalogue import load_shipped, model_slugs
 from vramplan.cli import app, output
 from vramplan.cli.documents import SCHEMA_VERSION, model_document
 from vramplan.cli.options import JsonOption
+from vramplan.errors import UsageError
 from vramplan.gpus import load_gpus
 from vramplan.units import format_bytes, format_count
 
@@ -23,6 +24,8 @@ def gpus(text: Filter = "", as_json: JsonOption = False) -> None:
     found = [
         gpu for gpu in load_gpus().values() if text.lower() in f"{gpu.slug} {gpu.name}".lower()
     ]
+    if not found:
+        raise UsageError(f"no card has {text!r} in its name; `vramplan gpus` lists all")
     if as_json:
         output.print_json(
             {"schema_version": SCHEMA_VERSION, "gpus": [asdict(gpu) for gpu in found]}
@@ -53,6 +56,8 @@ def gpus(text: Filter = "", as_json: JsonOption = False) -> None:
 def models(text: Filter = "", as_json: JsonOption = False) -> None:
     """List the models whose config is shipped; any other works by folder or hub id."""
     found = [load_shipped(slug) for slug in model_slugs() if text.lower() in slug]
+    if not found:
+        raise UsageError(f"no shipped model has {text!r} in its name; `vramplan models` lists all")
     if as_json:
         output.print_json(
             {

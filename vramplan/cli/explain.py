@@ -40,8 +40,9 @@ def _formula(kind: Kind, prediction: Prediction) -> list[str]:
     model, job = prediction.model, prediction.job
     d = model.dims
     tokens = f"{job.batch_size} x {job.seq_len}"
-    linears = [m for m in model.architecture.block if isinstance(m, LinearSpec)]
-    weights = sum(m.in_features * m.out_features for m in linears) * d.num_layers
+    arch = model.architecture
+    linears = [m for kind in d.kinds for m in arch.block_of(kind) if isinstance(m, LinearSpec)]
+    weights = sum(m.in_features * m.out_features for m in linears)
     if kind is Kind.WEIGHTS:
         if not job.quantised:
             return [
@@ -50,7 +51,7 @@ def _formula(kind: Kind, prediction: Prediction) -> list[str]:
             ]
         plain = "fp32 after prepare_model_for_kbit_training" if job.prepare_kbit else job.dtype
         return [
-            f"{weights:,} weights of {len(linears)} linear layers x {d.num_layers} in "
+            f"{weights:,} weights of {len(linears)} linear layers in "
             f"{job.quant_type}, with their scales",
             f"{model.num_parameters - weights:,} others (embedding, head, norms, biases) in "
             + plain,

@@ -16,13 +16,23 @@ from vramplan.errors import UsageError
 from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.job import Job
 from vramplan.model import Model
-from vramplan.prediction import Prediction, Verdict, job_for, judge, predict, usable_bytes
+from vramplan.prediction import (
+    LIMIT_MARGIN,
+    Prediction,
+    Verdict,
+    job_for,
+    judge,
+    least_bytes,
+    predict,
+    usable_bytes,
+)
 from vramplan.profile import profile_for
-from vramplan.units import format_bytes, format_count, parse_size
+from vramplan.units import MIB, format_bytes, format_count, parse_size
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
 
+LEAST_MEMORY_BYTES = 64 * MIB
 METHOD_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 
 
@@ -74,14 +84,21 @@ def fit(
     best = max(judged, key=lambda a: (a.verdict is not None and a.verdict.headroom_bytes))
     adviser = make_adviser(found, best)
     if as_json:
-        from vramplan.cli.documents import document  # noqa: PLC0415
+        from vramplan.cli.documents import (  # noqa: PLC0415
+            document,
+            job_document,
+            prediction_document,
+        )
 
         advice = advise(adviser, best)
-        output.print_json(
-            document(
-                found, best.job, best.prediction, [a.verdict for a in judged if a.verdict], advice
-            )
-        )
+        verdicts = [a.verdict for a in judged if a.verdict]
+        answer = document(found, best.job, best.prediction, verdicts, advice)
+        answer["answer_for"] = best.card.name  # whose job, prediction and advice these are
+        answer["predictions"] = {
+            a.card.name: {"job": job_document(found, a.job)} | prediction_document(a.prediction)
+            for a in judged
+        }
+        output.print_json(answer)
     elif len(answers) > 1:
         print_cards(found, answers)
     else:
@@ -103,6 +120,8 @@ def find_cards(names: list[str], memory: str | None) -> list[Card]:
     cards = []
     if memory is not None:
         size = parse_size(memory)
+        if size < LEAST_MEMORY_BYTES:
+            raise UsageError(f"--memory {memory} is {size} bytes; give a unit, such as 12GiB")
         cards.append(Card(format_bytes(size), size, None))
     if names:
         from vramplan.gpus import find_gpu, load_gpus  # noqa: PLC0415 - only where a card is named
@@ -172,14 +191,17 @@ def headline(model: Model, answer: Answer) -> Text:
         spare = format_bytes(verdict.headroom_bytes)
         text = f"Yes: {what} fits {name}: {takes} of {usable}, {spare} to spare."
         return Text(text, style="bold green")
-    least = format_bytes(prediction.min_limit_bytes + prediction.process_bytes)
+    least = format_bytes(least_bytes(prediction))
     if verdict.verdict == "tight":
         text = (
             f"Tight: {what} runs on {name}, but not at ease: it would take {takes} and can be held "
             f"to {least} of {usable}. Expect allocator retries and slower steps."
         )
     else:
-        text = f"No: {what} does not fit {name}: it needs at least {least} of {usable}."
+        text = (
+            f"No: {what} does not fit {name}: it needs at least {least}, a margin of "
+            f"{LIMIT_MARGIN:.0%} included, and there are {usable}."
+        )
     return Text(text, style=f"bold {output.VERDICT_STYLES[verdict.verdict]}")
 
 
@@ -218,6 +240,9 @@ def print_advice(out: Console, adviser: Adviser, answer: Answer) -> None:
         rows, title = adviser.largest(), "Room for (each alone, the rest unchanged)"
     else:
         rows, title = adviser.fixes(), "What would make it fit"
+        if rows:
+            taken = answer.prediction.device_peak_bytes
+            rows = [Advice("as it is", "", "fix", taken, verdict.verdict), *rows]
     if rows:
         print_rows(out, title, rows)
     else:

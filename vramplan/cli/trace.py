@@ -17,7 +17,7 @@ from vramplan.cli.documents import SCHEMA_VERSION, prediction_keys
 from vramplan.cli.measured import print_comparison
 from vramplan.errors import EnvironmentProblem
 from vramplan.estimate import estimate as walk
-from vramplan.families import FAMILIES
+from vramplan.families import NAMES
 from vramplan.job import Job
 from vramplan.units import format_bytes, format_count
 
@@ -94,7 +94,7 @@ def print_trace(out: Console, found: FoundConfig, job: Job, traced: Trace) -> No
 
 def _explain(out: Console, found: FoundConfig, job: Job, traced: Trace) -> None:
     """Term by term against the estimate, or the largest owners where there is none."""
-    if found.config.get("model_type") in FAMILIES:
+    if found.config.get("model_type") in NAMES:
         estimated = walk(model_from_config(found.config, found.name), job).timeline
         print_comparison(out, traced.timeline, estimated, "traced")
         return

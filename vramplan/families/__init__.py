@@ -1,32 +1,35 @@
-"""Block programs, one file per model family."""
+"""Block programs, one file per model family, named like its ``model_type``."""
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
+
 from vramplan.errors import UnknownNameError
-from vramplan.families import bloom, falcon, gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2
 from vramplan.families.common import Family
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (bloom, falcon, gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2)
-}
+NAMES = (
+    "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gptj", "llama",
+    "mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2",
+)  # fmt: skip
 
 
+@cache
 def find_family(model_type: str) -> Family:
-    """The block program for a config's ``model_type``.
+    """The block program for a config's ``model_type``; only its own file is imported.
 
     Raises:
         UnknownNameError: If no program describes that family.
     """
-    try:
-        return FAMILIES[model_type]
-    except KeyError:
+    if model_type not in NAMES:
         raise UnknownNameError(
             "model family",
             model_type,
-            FAMILIES,
+            NAMES,
             "No block program describes it; `vramplan trace` runs its own code on fake tensors.",
-        ) from None
+        )
+    family: Family = importlib.import_module(f"vramplan.families.{model_type}").FAMILY
+    return family
 
 
-__all__ = ["FAMILIES", "Family", "find_family"]
+__all__ = ["NAMES", "Family", "find_family"]

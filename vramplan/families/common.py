@@ -6,17 +6,26 @@ variable here stays alive there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from vramplan import ops
 from vramplan.config import ConfigReader
-from vramplan.formats import BOOL, FP32
+from vramplan.formats import BOOL, FP32, Dtype
 from vramplan.job import Job
-from vramplan.layers import Layer, Norm
+from vramplan.layers import Embedding, Layer, Linear, Norm
 from vramplan.model import Architecture, Dims
 from vramplan.tape import Node, Tape, Tensor
 from vramplan.timeline import Kind
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the model hands to every layer of a kind: rotary tables and mask, None for none."""
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -29,6 +38,8 @@ class Env:
         mask: Attention mask tensor, None where the kernel masks by itself.
         alibi: Position bias of the attention scores, None where the model has none.
         capability: Compute capability of the card, which decides sdpa's kernel.
+        shared: Tables and mask of each kind of layer, where a family has several; ``use`` puts
+            those of the layer at work into cos, sin and mask.
         kept: What the model's loop keeps of a block's result until the next block returns.
     """
 
@@ -44,16 +55,38 @@ class Env:
     alibi: Tensor | None = None
     kept: Tensor | None = None
     capability: tuple[int, int] = (9, 0)
+    shared: dict[str, Shared] = field(default_factory=dict)
 
-    @property
-    def windowed(self) -> bool:
-        """Whether the sequence outgrows a sliding window, so that sdpa needs a mask."""
-        window = self.dims.sliding_window
-        return window is not None and self.length >= window
+    def use(self, kind: str) -> None:
+        """A layer of that kind runs next."""
+        if kind in self.shared:
+            mine = self.shared[kind]
+            self.cos, self.sin, self.mask = mine.cos, mine.sin, mine.mask
 
-    def drop_shared(self) -> None:
-        """Let go of the tensors that all layers share."""
-        self.cos = self.sin = self.mask = self.alibi = None
+    def keep(self, kinds: Collection[str], *, masks: bool = True) -> None:
+        """Let go of what no layer of these kinds is handed.
+
+        Args:
+            kinds: The kinds still to come.
+            masks: Whether their masks are still needed too.
+        """
+        if self.shared or not kinds or not masks:
+            self.cos = self.sin = self.mask = self.alibi = None
+        self.shared = {
+            kind: Shared(mine.cos, mine.sin, mine.mask if masks else None)
+            for kind, mine in self.shared.items()
+            if kind in kinds
+        }
+
+
+def embed_tokens(t: Tape, table: Embedding, env: Env) -> Tensor:
+    """torch.nn.Embedding.forward."""
+    return ops.embedding(t, table.weight, env.tokens, table.spec.width)
+
+
+def lm_head(t: Tape, head: Linear, hidden: Tensor, env: Env) -> Tensor:
+    """The output head alone."""
+    return head(t, hidden)
 
 
 def enter(t: Tape, outside: Layer, embeds: Tensor, env: Env) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -79,6 +112,8 @@ class Family:
         prepare: What the model computes once before its layers (position tables).
         attentions: ``attn_implementation`` values the family supports, the default first.
         source: File and version of the code it models.
+        embed: The program of the input embedding.
+        head: What the ForCausalLM does from the last hidden states to the logits.
         enter: From the token embeddings to the first layer's input, and what else the model's
             forward keeps in locals until it returns.
         leave: From the final norm's output to the head's input.
@@ -93,27 +128,30 @@ class Family:
     prepare: Callable[[Tape, Tensor, Env], None]
     attentions: tuple[str, ...]
     source: str
+    embed: Callable[[Tape, Embedding, Env], Tensor] = embed_tokens
+    head: Callable[[Tape, Linear, Tensor, Env], Tensor] = lm_head
     enter: Callable[[Tape, Layer, Tensor, Env], tuple[Tensor, tuple[Tensor, ...]]] = enter
     leave: Callable[[Tape, Layer, Tensor, Env], Tensor] = leave
     positions: bool = True
 
 
 def rms_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
-    """LlamaRMSNorm.forward."""
+    """LlamaRMSNorm.forward, over hidden states or over each head."""
     outer, t.owner = t.owner, norm.owner
     dtype = x.dtype
     h = ops.to(t, x, FP32)
-    variance = ops.mean(t, ops.pow_scalar(t, h), env.tokens)
+    variance = ops.mean(t, ops.pow_scalar(t, h), x.numel // norm.spec.size)
     h = ops.mul(t, h, ops.rsqrt(t, ops.add_scalar(t, variance)))
     out = ops.mul(t, norm.weight, ops.to(t, h, dtype))
     t.owner = outer
     return out
 
 
-def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env) -> Tensor:
-    """torch.nn.LayerNorm.forward."""
+def layer_norm(t: Tape, norm: Norm, x: Tensor, env: Env, *, contiguous: bool = True) -> Tensor:
+    """torch.nn.LayerNorm.forward, over hidden states or over each head."""
     outer, t.owner = t.owner, norm.owner
-    out = ops.layer_norm(t, x, norm.weight, norm.bias, env.tokens)
+    groups = x.numel // norm.spec.size
+    out = ops.layer_norm(t, x, norm.weight, norm.bias, groups, contiguous=contiguous)
     t.owner = outer
     return out
 
@@ -142,16 +180,23 @@ def activate(t: Tape, x: Tensor, env: Env, name: str) -> Tensor:
 
 def rotary_tables(t: Tape, embeds: Tensor, env: Env) -> None:
     """LlamaRotaryEmbedding.forward: cos and sin in the hidden states' dtype."""
-    t.owner += ".rotary_emb"
+    env.cos, env.sin = cos_sin(t, env, embeds.dtype)
+
+
+def cos_sin(t: Tape, env: Env, dtype: Dtype) -> tuple[Tensor, Tensor]:
+    """The rotary tables [1, length, rotary_dim]."""
+    outer, t.owner = t.owner, f"{t.owner}.rotary_emb"
     width = env.dims.rotary_dim
     half = t.new(env.length * width // 2, FP32)
+    t.use("cublas")
     emb = t.new(env.length * width, FP32)
 
     cos = ops.scale(t, t.new(env.length * width, FP32))  # emb.cos() * attention_scaling
     sin = ops.scale(t, t.new(env.length * width, FP32))
     del half, emb
-    env.cos = ops.to(t, cos, embeds.dtype)
-    env.sin = ops.to(t, sin, embeds.dtype)
+    tables = ops.to(t, cos, dtype), ops.to(t, sin, dtype)
+    t.owner = outer
+    return tables
 
 
 def rotate_half(t: Tape, x: Tensor) -> Tensor:
@@ -164,6 +209,33 @@ def rotate_half(t: Tape, x: Tensor) -> Tensor:
 def rotate(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``(x * cos) + (rotate_half(x) * sin)``."""
     return ops.add(t, ops.mul(t, x, cos), ops.mul(t, rotate_half(t, x), sin))
+
+
+def split_heads(t: Tape, x: Tensor, env: Env, *, value: bool = False) -> Tensor:
+    """``x.view(hidden_shape).transpose(1, 2)``: [batch, heads, length, head_dim].
+
+    Slices, plain products and repeated heads hand gradients back in that memory order, which takes
+    a copy to view as x again. Rotation slices queries and keys; a fused kernel's gradient of the
+    values lies in memory as they do.
+    """
+    several = x.numel > env.tokens * env.dims.head_dim
+    grouped = env.dims.num_heads > env.dims.num_kv_heads
+    fused = env.attention != "eager" and not (
+        env.attention == "sdpa" and grouped and (env.mask is not None or env.capability < (8, 0))
+    )
+    return ops.view(t, x, copied=several and not (value and fused))
+
+
+def rotary_parts(t: Tape, x: Tensor, env: Env) -> tuple[Tensor, Tensor]:
+    """``x[..., :rotary_dim]`` and ``x[..., rotary_dim:]``, views of every head."""
+    rotated = x.numel // env.dims.head_dim * env.dims.rotary_dim
+    return ops.slice_(t, x, rotated), ops.slice_(t, x, x.numel - rotated)
+
+
+def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor]:
+    """apply_rotary_pos_emb of the Llama-like models."""
+    assert env.cos is not None and env.sin is not None
+    return rotate(t, q, env.cos, env.sin), rotate(t, k, env.cos, env.sin)
 
 
 def repeat_kv(t: Tape, x: Tensor, groups: int) -> Tensor:
@@ -198,15 +270,26 @@ def attend(
         The output and, from eager attention, the weights, which the caller keeps alive.
     """
     if env.attention == "eager":
-        return eager_attention(t, q, k, v, env)
+        return eager_attention(t, q, k, v, env, contiguous=not contiguous)
     if env.attention == "sdpa" and (env.mask is not None or env.capability < (8, 0)):
         return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
     dims = env.dims
     shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
-    cudnn = env.attention == "sdpa" and env.capability >= (9, 0)
-    cudnn = cudnn and (dims.attention_dropout * 16).is_integer()  # all that cuDNN resolves
+    # cuDNN resolves a dropout in sixteenths
+    cudnn = picks_cudnn(env) and (dims.attention_dropout * 16).is_integer()
     out = ops.fused_attention(t, q, k, v, shape, cudnn=cudnn)
     return (out if contiguous else ops.copy(t, out)), None
+
+
+def picks_cudnn(env: Env) -> bool:
+    """Whether sdpa runs cuDNN's kernel rather than FlashAttention.
+
+    Source: torch 2.11 ``transformers/cuda/sdp_utils.cpp`` (``check_prefer_cudnn_attention``,
+    ``check_cudnn_tensor_shapes``), cuDNN newer than 9.15 as its CUDA 13 wheels bring.
+    """
+    widest = 256 if env.capability == (9, 0) else 128
+    preferred = env.capability in ((9, 0), (10, 0), (10, 3))
+    return env.attention == "sdpa" and preferred and env.dims.head_dim <= widest
 
 
 def _sdpa_without_flash(
@@ -223,11 +306,13 @@ def _sdpa_without_flash(
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
     if groups > 1 and env.mask is None:
-        return ops.copy(t, math_attention(t, q, k, v, env, dropout=dims.attention_dropout))
+        p = dims.attention_dropout
+        out = math_attention(t, q, k, v, env, dropout=p, contiguous=not contiguous)
+        return ops.copy(t, out)
     k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
     shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
-    out = ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
-    return out if contiguous else ops.copy(t, out)
+    # its output lies as [batch, length, heads, head_dim] whatever the queries do
+    return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
 
 
 def math_attention(
@@ -239,6 +324,7 @@ def math_attention(
     *,
     dropout: float,
     broadcast: bool = False,
+    contiguous: bool = False,
 ) -> Tensor:
     """``_scaled_dot_product_attention_math``: everything in fp32, scores written out.
 
@@ -251,6 +337,7 @@ def math_attention(
         dropout: Dropout of the weights.
         broadcast: Whether ``matmul`` spreads the one key head over the query heads, as it does
             without ``enable_gqa``; else they are repeated first.
+        contiguous: Whether queries have the memory order [batch, heads, length, head_dim].
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
     """
@@ -267,48 +354,80 @@ def math_attention(
         q_acc, k_acc, v_acc = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
         query = ops.scale(t, q_acc)
         if broadcast:
-            key, value = ops.expand(t, ops.scale(t, k_acc), groups), ops.expand(t, v_acc, groups)
+            key, value = ops.expand(t, ops.scale(t, k_acc), groups), v_acc
         else:
             expanded, value = repeat_kv(t, k_acc, groups), repeat_kv(t, v_acc, groups)
             key = ops.scale(t, expanded)
-        weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch)
+        folds = contiguous, not broadcast  # repetition leaves them contiguous
+        weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch, folds=folds)
         del key
         if mask is not None:
             weights = ops.add_(t, weights, mask)
         weights = ops.safe_softmax(t, weights)
         weights = ops.dropout(t, weights, dropout)
         _returned = ops.to(t, weights, dtype)
-        out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
+        if broadcast:
+            value = ops.expand(t, value, groups)
+        out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
         return ops.to(t, out, dtype)
 
 
 def eager_attention(
-    t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env, *, contiguous: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """eager_attention_forward of the Llama-like models."""
+    """eager_attention_forward of the Llama-like models.
+
+    Args:
+        t: The tape.
+        q: Queries [batch, heads, length, head_dim].
+        k: Keys [batch, key heads, length, head_dim].
+        v: Values, as keys.
+        env: Shapes and mask.
+        contiguous: Whether queries and keys have that memory order too, as concatenation leaves
+            them and repetition leaves keys and values.
+    """
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
     key = repeat_kv(t, k, groups)
     value = repeat_kv(t, v, groups)
     size = dims.num_heads * env.tokens * env.length
-    weights = ops.scale(t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch))
+    repeated = groups > 1
+    folds = contiguous, contiguous or repeated
+    weights = ops.scale(
+        t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch, folds=folds)
+    )
+    if dims.attn_logit_softcapping is not None:
+        weights = ops.scale(t, weights)
+        weights = ops.tanh(t, weights)
+        weights = ops.scale(t, weights)
     if env.mask is not None:
         weights = ops.add(t, weights, env.mask)
     weights = ops.to(t, ops.softmax(t, weights, FP32), q.dtype)
     weights = ops.dropout(t, weights, dims.attention_dropout)
-    out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
+    folds = True, repeated
+    out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
     return ops.copy(t, out), weights
 
 
 def causal_mask(t: Tape, embeds: Tensor, env: Env) -> None:
-    """create_causal_mask: none for sdpa without a window, a tensor for eager attention."""
+    """The one mask of a model whose layers are all alike."""
+    env.mask = make_mask(t, embeds, env, env.dims.sliding_window)
+
+
+def make_mask(t: Tape, embeds: Tensor, env: Env, window: int | None) -> Tensor | None:
+    """create_causal_mask, or with a window create_sliding_window_causal_mask.
+
+    Eager attention always gets a tensor, sdpa only where the sequence outgrows the window.
+    """
     size = env.tokens * env.length
     if env.attention == "eager":
         allowed = t.new(size, BOOL, Kind.BATCH)
-        env.mask = t.new(size, embeds.dtype, Kind.BATCH)
+        mask = t.new(size, embeds.dtype, Kind.BATCH)
         del allowed
-    elif env.attention == "sdpa" and env.windowed:
-        env.mask = t.new(size, BOOL, Kind.BATCH)
+        return mask
+    if env.attention == "sdpa" and window is not None and env.length >= window:
+        return t.new(size, BOOL, Kind.BATCH)
+    return None
 
 
 def rotary_prepare(t: Tape, embeds: Tensor, env: Env) -> None:

@@ -85,7 +85,7 @@ def partial_rotate(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Ten
 def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """GPTNeoXAttention.forward."""
     outer, t.owner = t.owner, f"{m.name}.attention"
-    qkv = ops.view(t, m.linears["attention.query_key_value"](t, x))
+    qkv = ops.transpose(t, m.linears["attention.query_key_value"](t, x))  # [.., heads, length, ..]
     q, k, v = ops.split(t, qkv, (qkv.numel // 3,) * 3)
     q, k = partial_rotate(t, q, k, env)
     out, weights = attend(t, q, k, v, env, contiguous=False)

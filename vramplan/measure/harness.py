@@ -18,7 +18,14 @@ from typing import Any, Self
 
 from vramplan.catalogue import model_from_config
 from vramplan.errors import EnvironmentProblem, RecordError
-from vramplan.measure.machine import Device, Machine, Sampler, check_disk, locked
+from vramplan.measure.machine import (
+    Device,
+    Machine,
+    Sampler,
+    check_disk,
+    check_host_memory,
+    locked,
+)
 from vramplan.measure.spec import RunSpec
 from vramplan.prediction import predict
 from vramplan.record import Record, parse_record, provenance
@@ -168,7 +175,7 @@ class Harness:
             EnvironmentProblem: If it must not be tried here: no room on the disk, or more managed
                 memory than the card has free.
         """
-        self._check_disk(spec)
+        self._check_host(spec)
         refused = self.refusal(spec)
         if refused is not None:
             raise EnvironmentProblem(f"{spec.name}: {refused}")
@@ -252,12 +259,15 @@ class Harness:
             "--optim"
         )
 
-    def _check_disk(self, spec: RunSpec) -> None:
+    def _check_host(self, spec: RunSpec) -> None:
+        """Room on the disk and in the host's memory."""
+        prediction = predict(model_from_config(spec.config, spec.model), spec.job)
         needed = SPARE_DISK_BYTES
         if spec.save:
-            prediction = predict(model_from_config(spec.config, spec.model), spec.job)
             needed += prediction.adapter_bytes + prediction.optimizer_file_bytes
         check_disk(Path(self._folder), needed, "this run")
+        if self.gpu is not None:
+            check_host_memory(prediction.host_ram_bytes)
 
 
 def _kept(out: Path) -> dict[str, Any]:

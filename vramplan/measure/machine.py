@@ -205,6 +205,28 @@ def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def check_host_memory(needed_bytes: int, *, meminfo: Path = Path("/proc/meminfo")) -> None:
+    """Refuse to begin what would push the host into swapping or its out-of-memory killer.
+
+    Args:
+        needed_bytes: What the run takes of it.
+        meminfo: Linux's table; where it is missing nothing is known and nothing refused.
+
+    Raises:
+        EnvironmentProblem: If there is less available.
+    """
+    try:
+        rows = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        available = int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return
+    if available < needed_bytes:
+        raise EnvironmentProblem(
+            f"the host has {format_bytes(available)} of memory available and this run needs about "
+            f"{format_bytes(needed_bytes)}"
+        )
+
+
 class Sampler:
     """Looks at the card from a thread of the parent, so that the run itself is not disturbed.
 

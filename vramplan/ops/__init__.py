@@ -23,6 +23,7 @@ from vramplan.ops.base import (
     slice_,
     split,
     to,
+    transpose,
     view,
 )
 from vramplan.ops.elementwise import (
@@ -98,5 +99,6 @@ __all__ = [
     "split",
     "tanh",
     "to",
+    "transpose",
     "view",
 ]

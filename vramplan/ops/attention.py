@@ -83,8 +83,8 @@ def efficient_attention(
 ) -> Tensor:
     """``scaled_dot_product_attention`` by the memory-efficient kernel.
 
-    A boolean mask becomes an additive one in the queries' dtype at every call and is kept, as is an
-    additive one that autocast has to cast; rows are padded to multiples of 16 elements.
+    Its rows need a multiple of 16 elements. A boolean mask becomes an additive one in the queries'
+    dtype at every call and is kept; so does an additive one that autocast has to cast.
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``
     (``convert_boolean_attn_mask``), ``cuda/attention.cu``, ``cuda/attention_backward.cu``.

@@ -58,16 +58,31 @@ def copy(t: Tape, x: Tensor) -> Tensor:
     return out
 
 
-def view(t: Tape, x: Tensor) -> Tensor:
-    """view, transpose, permute: another tensor over the same storage."""
+def view(t: Tape, x: Tensor, *, copied: bool = False) -> Tensor:
+    """view, transpose, permute: another tensor over the same storage.
+
+    Args:
+        t: The tape.
+        x: Input.
+        copied: Whether the gradient comes in a memory order that no view leads back from: a view's
+            backward is a ``reshape``, which then copies.
+    """
     out = Tensor(x.storage, x.numel, x.dtype)
     if x.node is not None:
-        out.node = t.node((x.node,), _view_backward)
+        out.node = t.node((x.node,), same_size if copied else _view_backward)
     return out
 
 
 def _view_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (alias(grad),)
+
+
+def transpose(t: Tape, x: Tensor) -> Tensor:
+    """A transposed view, whose gradient arrives contiguous and is copied back into x's order."""
+    out = Tensor(x.storage, x.numel, x.dtype)
+    if x.node is not None:
+        out.node = t.node((x.node,), same_size)
+    return out
 
 
 def _pass(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -80,10 +95,17 @@ def same_size(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 
 def slice_(t: Tape, x: Tensor, numel: int) -> Tensor:
-    """``x[..., a:b]``: a view; its gradient is a zero-filled tensor of the whole size."""
+    """``x[..., a:b]``: a view; its gradient is a zero-filled tensor of the whole size.
+
+    Of everything Python's indexing takes no slice but an alias, whose gradient passes through.
+
+    Source: torch 2.11 ``csrc/autograd/python_variable_indexing.cpp``, ``aten/src/ATen/
+    TensorIndexing.h`` (``applySlice``).
+    """
     out = Tensor(x.storage, numel, x.dtype)
     if x.node is not None:
-        out.node = t.node((x.node,), _slice_backward, args=(x.numel,))
+        whole = numel == x.numel
+        out.node = t.node((x.node,), _pass if whole else _slice_backward, args=(x.numel,))
     return out
 
 
@@ -162,6 +184,8 @@ def _cat_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         else Tensor(grad.storage, numel, dtype)
         if dtype is grad.dtype
         else t.new(numel, dtype)
+        if numel
+        else Tensor(None, 0, dtype)  # no elements, no block
         for edge, (numel, dtype) in zip(node.edges, node.args, strict=True)
     ]
 
@@ -188,3 +212,50 @@ def leaf_grad(t: Tape, numel: int, dtype: Dtype, edge: Node | Param | None) -> T
     if edge is None:
         return None
     return t.new(numel, dtype, Kind.GRADIENTS if type(edge) is Param else None)
+
+
+# An H100's; other cards differ in the buffer's size, not in when there is one.
+NUM_MULTIPROCESSORS = 132
+THREADS_PER_MULTIPROCESSOR = 2048
+
+
+def column_sum_bytes(rows: int, columns: int) -> int:
+    """Global memory that summing [rows, columns] over its rows takes for a moment.
+
+    A bias's gradient is such a sum. From 1024 rows on, several thread blocks share a column and
+    leave their parts in a buffer.
+
+    Args:
+        rows: Elements summed into one.
+        columns: Sums; taken as a multiple of 4, as widths of layers are.
+
+    Returns:
+        Bytes; 0 where one block does a column.
+
+    Source: torch 2.11 ``aten/src/ATen/native/cuda/Reduce.cuh`` (``setReduceConfig``,
+    ``global_memory_size``), with fp32 sums; to the byte in recorded histories.
+    """
+    vector = 4
+    threads = 512 // vector
+    width = min(_last_power_of_2(columns // vector), 32)
+    height = min(_last_power_of_2(rows), threads // max(width, 1))
+    values = -(-rows // max(height, 1))
+    if not columns or values < 256:
+        return 0
+    grid = -(-columns // vector // width)
+    target = NUM_MULTIPROCESSORS * (THREADS_PER_MULTIPROCESSOR // (width * height))
+    if grid > target:
+        return 0
+    blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
+    return 4 * columns * blocks * width * vector if blocks > 1 else 0
+
+
+def _last_power_of_2(number: int) -> int:
+    return 1 << (number.bit_length() - 1) if number > 0 else 0
+
+
+def column_sum(t: Tape, rows: int, columns: int) -> None:
+    """The buffer of such a sum, taken and given back."""
+    nbytes = column_sum_bytes(rows, columns)
+    if nbytes:
+        t.scratch(nbytes)

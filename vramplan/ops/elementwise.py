@@ -6,14 +6,36 @@ from collections.abc import Callable
 
 from vramplan.errors import UnknownNameError
 from vramplan.formats import BOOL, FP32, Dtype
-from vramplan.ops.base import Grads, copy, drop_recomputed, promote, result_of, same_size, to
-from vramplan.tape import BackwardFn, Node, Tape, Tensor
+from vramplan.ops.base import (
+    Grads,
+    column_sum,
+    copy,
+    drop_recomputed,
+    promote,
+    result_of,
+    same_size,
+    to,
+)
+from vramplan.tape import BackwardFn, Node, Param, Tape, Tensor
 
 
-def fit_grad(t: Tape, grad: Tensor, numel: int, dtype: Dtype) -> Tensor:
-    """validate_outputs: sum a broadcast gradient down, then cast it to its input's dtype."""
+def fit_grad(
+    t: Tape, grad: Tensor, numel: int, dtype: Dtype, edge: Node | Param | None = None
+) -> Tensor:
+    """validate_outputs: sum a broadcast gradient down, then cast it to its input's dtype.
+
+    Args:
+        t: The tape.
+        grad: The gradient as it came.
+        numel: Elements of the input.
+        dtype: Its dtype.
+        edge: Where it goes; a parameter was broadcast over rows.
+    """
     if grad.numel != numel:
+        rows = grad.numel // numel
         grad = t.new(numel, grad.dtype)
+        if type(edge) is Param:
+            column_sum(t, rows, numel)
     if grad.dtype is not dtype:
         grad = t.new(numel, dtype)
     return grad
@@ -43,9 +65,9 @@ def _mul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         gb = t.new(grad.numel, promote(grad.dtype, a_dtype))
     drop_recomputed(node)
     if ga is not None:
-        ga = fit_grad(t, ga, a_numel, a_dtype)
+        ga = fit_grad(t, ga, a_numel, a_dtype, a_edge)
     if gb is not None:
-        gb = fit_grad(t, gb, b_numel, b_dtype)
+        gb = fit_grad(t, gb, b_numel, b_dtype, b_edge)
     return ga, gb
 
 

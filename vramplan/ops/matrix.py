@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vramplan.formats import Dtype
-from vramplan.ops.base import Grads, autocast_weight, copy, leaf_grad, to, view
+from vramplan.ops.base import Grads, autocast_weight, column_sum, copy, leaf_grad, to, view
 from vramplan.ops.elementwise import add
 from vramplan.tape import Node, Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind
@@ -59,7 +59,9 @@ def _product(t: Tape, x: Tensor, w: Tensor, b: Tensor | None, rows: int, columns
     if edges != (None, None, None):
         saved = ((x,) if edges[1] is not None else ()) + ((w,) if edges[0] is not None else ())
         node = t.node(edges, _linear_backward, saved, (tokens, rows, columns))
-    return t.new(tokens * rows, x.dtype, node=node)
+    out = t.new(tokens * rows, x.dtype, node=node)
+    t.use("cublas" if b is None else "cublaslt")
+    return out
 
 
 def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -70,19 +72,33 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     gx = gw = None
     if b_edge is None:  # mm computes mat2's gradient first, addmm mat1's
         gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
+        if gw is not None:
+            t.use("cublas")
     if x_edge is not None:
         gx = t.new(tokens * columns, grad.dtype, Kind.ACTIVATION_GRADIENTS)
+        t.use("cublas")
     if b_edge is not None:
         gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
     t.flops += 2 * tokens * rows * columns * ((gx is not None) + (gw is not None))
     gb = leaf_grad(t, rows, grad.dtype, b_edge)
+    if gb is not None:
+        column_sum(t, tokens, rows)
     for viewed in (gx, gw):  # reshaped, transposed
         if viewed is not None:
             viewed.aliased = True
     return gx, gw, gb
 
 
-def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch: int) -> Tensor:
+def batched_matmul(
+    t: Tape,
+    a: Tensor,
+    b: Tensor,
+    numel: int,
+    inner: int,
+    batch: int,
+    *,
+    folds: tuple[bool, bool] = (False, False),
+) -> Tensor:
     """``torch.matmul`` of two [batch, heads, ...] activations.
 
     Batch and heads are folded into one dimension; operands whose memory order does not allow that
@@ -95,6 +111,8 @@ def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch:
         numel: Elements of the result.
         inner: Contracted dimension.
         batch: Batch size.
+        folds: Whether the memory order of each operand lets batch and heads fold; attention weights
+            as first operand always do.
 
     Source: torch 2.11 ``aten/src/ATen/native/LinearAlgebra.cpp`` (``_matmul_impl``).
     """
@@ -102,16 +120,19 @@ def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch:
         b = to(t, b, t.autocast)
         a = to(t, a, t.autocast)
     if batch > 1:
-        if a.numel < numel:  # queries; attention weights are contiguous already
+        if a.numel < numel and not folds[0]:  # queries
             a = copy(t, a)
-        b = copy(t, b)
+        if not folds[1]:
+            b = copy(t, b)
     t.flops += 2 * numel * inner
     node = None
     if a.node is not None or b.node is not None:
         saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
         args = (a.numel, b.numel, inner)
         node = t.node((a.node, b.node), _matmul_backward, saved, args)
-    return t.new(numel, a.dtype, node=node)
+    out = t.new(numel, a.dtype, node=node)
+    t.use("cublas")
+    return out
 
 
 def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
@@ -165,7 +186,14 @@ def _baddbmm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 
 def matmul_4bit(
-    t: Tape, x: Tensor, rows: int, columns: int, dequantised: Sequence[int], stored: Dtype
+    t: Tape,
+    x: Tensor,
+    rows: int,
+    columns: int,
+    dequantised: Sequence[int],
+    stored: Dtype,
+    *,
+    biased: bool = False,
 ) -> Tensor:
     """Bitsandbytes' ``MatMul4Bit`` on x [tokens, columns] in the compute dtype.
 
@@ -177,12 +205,14 @@ def matmul_4bit(
         dequantised: Bytes of the tensors that a forward call dequantises into first (the hidden
             workspace); empty where the fused kernel runs.
         stored: dtype that backward dequantises to before casting to the gradient's.
+        biased: Whether it adds a bias.
 
     Source: bitsandbytes 0.50.2 ``autograd/_functions.py``, ``backends/cuda/ops.py``.
     """
     tokens = x.numel // columns
     hidden = [t.scratch(nbytes) for nbytes in dequantised]
     out = t.new(tokens * rows, x.dtype)
+    t.use("cublaslt" if biased else "cublas")
     del hidden
     t.flops += 2 * tokens * rows * columns
     t.moved_bytes += rows * columns // 2 + x.numel * x.dtype.size

@@ -8,8 +8,28 @@ from vramplan.tape import Node, Param, Tape, Tensor
 from vramplan.timeline import Kind
 
 
-def layer_norm(t: Tape, x: Tensor, weight: Param, bias: Param | None, groups: int) -> Tensor:
-    """``F.layer_norm``: autocast runs it, weights included, in fp32."""
+def layer_norm(
+    t: Tape,
+    x: Tensor,
+    weight: Param,
+    bias: Param | None,
+    groups: int,
+    *,
+    contiguous: bool = True,
+) -> Tensor:
+    """``F.layer_norm``: autocast runs it, weights included, in fp32.
+
+    Args:
+        t: The tape.
+        x: Input.
+        weight: Scale.
+        bias: Shift, if the norm has one.
+        groups: Rows that are normalised, each over its own elements.
+        contiguous: Whether x is contiguous; if not, each kernel copies it for its own use and the
+            node keeps the original.
+
+    Source: torch 2.11 ``aten/src/ATen/native/cuda/layer_norm_kernel.cu`` (``expect_contiguous``).
+    """
     if t.autocast is not None:
         x = to(t, x, FP32)
     w = to(t, weight, FP32) if t.autocast is not None else weight
@@ -17,10 +37,12 @@ def layer_norm(t: Tape, x: Tensor, weight: Param, bias: Param | None, groups: in
     edges = (x.node, w.node, b.node if b is not None else None)
     node = None
     if edges != (None, None, None):
-        node = t.node(edges, _layer_norm_backward, (x, w))
+        node = t.node(edges, _layer_norm_backward, (x, w), (contiguous,))
+    own = None if contiguous else t.new(x.numel, x.dtype)
     out = t.new(x.numel, x.dtype, node=node)
     mean_ = t.new(groups, FP32)
     rstd = t.new(groups, FP32)
+    del own
     if node is not None:
         node.saved += t.save((mean_, rstd))
     return out
@@ -28,9 +50,12 @@ def layer_norm(t: Tape, x: Tensor, weight: Param, bias: Param | None, groups: in
 
 def _layer_norm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     x, w, _mean, _rstd = [t.unpack(saved) for saved in node.saved]
+    (contiguous,) = node.args
+    own = None if contiguous else t.new(x.numel, x.dtype)
     gx = t.new(x.numel, x.dtype) if node.edges[0] is not None else None
     gw = leaf_grad(t, w.numel, w.dtype, node.edges[1])
     gb = leaf_grad(t, w.numel, w.dtype, node.edges[2])
+    del own
     return gx, gw, gb
 
 
@@ -50,6 +75,13 @@ def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
 
 
 def _softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    result = t.unpack(node.saved[0])
+    gx = t.new(result.numel, node.args[0])
+    t.scratch(result.numel * result.dtype.size, node.kind)  # softmax_backward_data: grad * result
+    return (gx,)
+
+
+def _log_softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     result = t.unpack(node.saved[0])
     return (t.new(result.numel, node.args[0]),)
 
@@ -108,7 +140,7 @@ def cross_entropy(t: Tape, logits: Tensor, labels: Tensor) -> Tensor:
     log_probs = t.new(logits.numel, logits.dtype)
     if logits.node is not None:
         kept = (result_of(log_probs),)
-        log_probs.node = t.node((logits.node,), _softmax_backward, kept, (logits.dtype,))
+        log_probs.node = t.node((logits.node,), _log_softmax_backward, kept, (logits.dtype,))
     loss = t.new(1, logits.dtype)
     total_weight = t.new(1, logits.dtype)
     if log_probs.node is not None:

@@ -17,8 +17,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._meta_registrations as meta
 import transformers.utils.import_utils as hf_imports
 from bitsandbytes import functional as bnb_functional
+from bitsandbytes.autograd import _functions as bnb_autograd
 from bitsandbytes.optim import optimizer as bnb_optimizer
 from torch.overrides import TorchFunctionMode
 
@@ -42,11 +44,11 @@ RULES = {
     "and promotes index_put and others (aten/src/ATen/autocast_mode.h)",
     "autocast is on": "torch.is_autocast_enabled() without a device asks about CUDA "
     "(torch/csrc/autograd/init.cpp)",
-    "half to float softmax": "softmax(fp16, dtype=float32) is one kernel on CUDA, not so for bf16: "
-    "a cast and a softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
+    "half to float softmax": "softmax(half, dtype=float32) is one kernel on CUDA for fp16, not "
+    "for bf16; a cast and a softmax on the CPU (aten/src/ATen/native/SoftMax.cpp)",
     "fused dropout": "native_dropout with a byte mask on CUDA (aten/src/ATen/native/Dropout.cpp)",
-    "layers kept": "OPT skips a layer when torch.rand([]) < layerdrop; the number, on the host, is "
-    "taken as 1.0 (transformers/models/opt/modeling_opt.py)",
+    "layers kept": "OPT skips a layer when torch.rand([]) < layerdrop; the number is on the host "
+    "and taken as 1.0 (transformers/models/opt/modeling_opt.py)",
     "attention kernel": "which one CUDA picks and what it keeps (vramplan/trace/attention.py)",
     "full sequences": "tests on the attention mask are answered as for a mask of ones; "
     "transformers' masking_utils.py otherwise takes fake tensors for an export",
@@ -54,8 +56,14 @@ RULES = {
     "mask of its own (aten/src/ATen/native/transformers/attention.cpp)",
     "dequantised weight": "gemm_4bit dequantises scales and weight first "
     "(bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback)",
+    "LLM.int8": "a CPU trains by dequantised weights, CUDA by int8 products; no outlier columns "
+    "(bitsandbytes/autograd/_functions.py, backends/cuda/ops.py, backends/default/ops.py)",
     "sorted embedding": "embedding_dense_backward sorts its indices above 3072 of them "
     "(aten/src/ATen/native/cuda/Embedding.cu)",
+    "grouped product": "fp32 and fp16 operands fall back to a loop on CUDA; the meta kernel "
+    "refuses them (aten/src/ATen/native/cuda/GroupedBlas.cpp, torch/_meta_registrations.py)",
+    "softmax gradient": "the gradient of softmax begins with grad * result in a tensor of its own "
+    "(aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out)",
     "foreach norm": "partial sums of the norms of all gradients "
     "(aten/src/ATen/native/cuda/ForeachReduceOp.cu)",
     "foreach by default": "torch's optimizers and clip_grad_norm_ pick foreach on CUDA, loops on "
@@ -213,6 +221,9 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
         count = args[1].numel()
         return [count * 8] * 3 if count > SORTED_EMBEDDING_TOKENS else []
 
+    def softmax_gradient(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * args[0].element_size()]
+
     def foreach_norm(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         chunks = max(-(-tensor.numel() // FOREACH_CHUNK) for tensor in args[0])
         return [sum(map(books.copies, args[0])) * chunks * 4]
@@ -220,21 +231,45 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
     def safe_softmax(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         return [args[0].numel() * args[0].element_size(), args[0].numel()]
 
+    def int8_quant(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        return [args[0].numel() * 2, args[0].numel()]  # absolute values, which are outliers
+
+    def int8_product(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+        x, _, weight = args[:3]
+        numel = x.numel() // x.shape[-1] * weight.shape[0]
+        return [numel * 4, 0 if x.dtype is torch.float16 else numel * 2]
+
     return {
         aten._safe_softmax.default: safe_softmax,
+        torch.ops.bitsandbytes.int8_vectorwise_quant.default: int8_quant,
+        torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
         torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit,
         aten.embedding_dense_backward.default: embedding_backward,
+        aten._softmax_backward_data.default: softmax_gradient,
         aten._foreach_norm.Scalar: foreach_norm,
     }
 
 
 def answers() -> dict[Any, Callable[..., Any]]:
-    """Questions about contents: a mask of ones passes every test."""
+    """What depends on contents: a mask of ones passes every test, no column is an outlier."""
 
     def scalar(tensor: Any) -> Any:
         return True if tensor.dtype is torch.bool else 1
 
-    return {aten._local_scalar_dense.default: scalar}
+    def int8_quant(x: Any, threshold: float = 0.0) -> Any:
+        rows = x.numel() // x.shape[-1]
+        scales = torch.empty(rows, dtype=torch.float32)
+        return torch.empty(x.shape, dtype=torch.int8), scales, torch.empty(0, dtype=torch.int64)
+
+    def int8_product(x: Any, _quantised: Any, weight: Any, *_rest: Any) -> Any:
+        out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+        return out, torch.empty(0, dtype=x.dtype)
+
+    return {
+        aten._local_scalar_dense.default: scalar,
+        torch.ops.bitsandbytes.int8_vectorwise_quant.default: int8_quant,
+        torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
+    }
 
 
 # -- managed memory --------------------------------------------------------------------------------
@@ -271,14 +306,22 @@ def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]
     def nothing(*_args: Any, **_kwargs: Any) -> None:
         return None
 
+    def grouped_mm(
+        a: Any, b: Any, *, scale_a: Any, scale_b: Any, offs: Any, bias: Any, scale_result: Any,
+        out_dtype: Any,
+    ) -> Any:  # fmt: skip
+        return meta._create_grouped_mm_output_tensor(a, b, offs, out_dtype)
+
     with ExitStack() as stack:
         for where, name, value in (
             (torch, "is_autocast_enabled", is_autocast_enabled),
+            (meta, "_meta_grouped_mm_common", grouped_mm),
             (hf_imports, "is_fake_tensor", lambda _x: False),
             (bnb_optimizer.Optimizer8bit, "get_state_buffer", get_state_buffer),
             (bnb_optimizer, "sync_gpu", nothing),
             (bnb_functional, "prefetch_tensor", nothing),
             (bnb_functional, "is_on_gpu", nothing),
+            (bnb_autograd, "MatMul8bitFp", bnb_autograd.MatMul8bitLt),
         ):
             stack.enter_context(patch.object(where, name, value))
         stack.enter_context(CudaFunctions(books, capability))

@@ -176,6 +176,9 @@ class Run:
     def _prepare(self) -> None:
         books, job, model = self.books, self.job, self.model
         books.phase = Phase.PREPARE
+        self.total_loss = torch.zeros(())  # Trainer._tr_loss
+        self.loss: Any = None
+        self.grad_norm: Any = None
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._workspaces()
         if job.gradient_checkpointing:
@@ -231,7 +234,9 @@ class Run:
         batches = [self._batch() for _ in range(steps)]
         num_items = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches)
         for batch in batches:
-            self._training_step(batch, num_items)
+            # Trainer's locals: the last micro-batch's loss and the last norm live on
+            self.loss = self._training_step(batch, num_items)
+            self.total_loss += self.loss
         self._update()
 
     def _batch(self) -> dict[str, Any]:
@@ -258,7 +263,7 @@ class Run:
         books = self.books
         parameters = list(self.model.parameters())
         books.label((p.grad, Kind.GRADIENTS, owner_of(n)) for n, p in self.trained)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         self.optimizer.step()
         self._label_state()
         self.model.zero_grad()

@@ -223,20 +223,18 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and write what it allocates."""
         kwargs = kwargs or {}
-        answer = self.answers.get(func)
-        if answer is not None:
-            return answer(*args, **kwargs)
+        run = self.answers.get(func, func)
         hidden = self.hidden.get(func)
         if hidden is not None:
             with self.books.scratch(hidden(args, kwargs)):
-                return self._count(func, args, func(*args, **kwargs))
+                return self._count(func, args, run(*args, **kwargs))
         # a module at work in backward is being recomputed: its sums are its own
         engine = self.books.phase is Phase.BACKWARD and not self.books.stack
         if engine and self.in_place_sum(func, args, kwargs):
             out = func(*args, **kwargs)
             self.books.hand_over(args[0], out)
             return out
-        return self._count(func, args, func(*args, **kwargs))
+        return self._count(func, args, run(*args, **kwargs))
 
     def _count(self, func: Any, args: Any, out: Any) -> Any:
         books = self.books
