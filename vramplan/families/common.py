@@ -371,7 +371,7 @@ def math_attention(
             del ones
             mask = t.new(env.length * env.length, FP32)
         if broadcast:
-            key, value = ops.expand(t, ops.scale(t, k_acc), groups), ops.expand(t, v_acc, groups)
+            key, value = ops.expand(t, ops.scale(t, k_acc), groups), v_acc
         else:
             expanded, value = repeat_kv(t, k_acc, groups), repeat_kv(t, v_acc, groups)
             key = ops.scale(t, expanded)
@@ -382,6 +382,8 @@ def math_attention(
         weights = ops.safe_softmax(t, weights)
         weights = ops.dropout(t, weights, dropout)
         _returned = ops.to(t, weights, dtype)
+        if broadcast:
+            value = ops.expand(t, value, groups)
         out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
         return ops.to(t, out, dtype)
 
