@@ -66,6 +66,12 @@ PUBLIC_COUNTS = [
     ("qwen2.5-0.5b", 494_032_768, WRITE_UPS),
     ("qwen2.5-7b", 7_615_616_512, SAFETENSORS),
     ("smollm2-135m", 134_515_008, SAFETENSORS),
+    ("phi-2", 2_779_683_840, SAFETENSORS),
+    ("phi-3-mini-4k", 3_821_079_552, SAFETENSORS),
+    ("phi-4", 14_659_507_200, "general.parameter_count of its GGUF files"),
+    ("stablelm-2-1.6b", 1_644_515_328, WRITE_UPS),
+    ("qwen3-0.6b", 596_049_920, WRITE_UPS),
+    ("qwen3-8b", 8_190_735_360, SAFETENSORS),
 ]
 
 
