@@ -303,7 +303,7 @@ class Built:
         ``cast_adapter_dtype``).
         """
         self.t.phase = Phase.PREPARE
-        made: list[tuple[int, list[Param]]] = []
+        made = [(1, self._adapt(self.outside.linears.values(), 1))]
         for run, layers in zip(self.runs, self.layers, strict=True):
             with self.t.repeated(run.repeats):
                 linears = [linear for layer in layers for linear in layer.linears.values()]

@@ -10,17 +10,19 @@ import torch
 from typer.testing import CliRunner
 
 import vramplan.cli
-from vramplan.catalogue import model_from_config
+from vramplan.catalogue import find_model, model_from_config
+from vramplan.cli.measured import read_timeline
 from vramplan.errors import ConfigError
 from vramplan.estimate import estimate
 from vramplan.job import Job
+from vramplan.resources import profiles_dir
 from vramplan.terms import compare
 from vramplan.trace import trace
 from vramplan.trace.rules import RULES
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "intermediate_size": 688, "num_hidden_layers": 3, "vocab_size": 1000,
+    "intermediate_size": 688, "num_hidden_layers": 2, "vocab_size": 1000,
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -28,12 +30,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True},
     "gpt_neox": {
         "model_type": "gpt_neox", "hidden_size": 256, "num_attention_heads": 8,
-        "intermediate_size": 1024, "num_hidden_layers": 3, "vocab_size": 1000,
+        "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 1000,
     },
     "gptj": {
-        "model_type": "gptj", "n_embd": 256, "n_head": 8, "n_layer": 3, "rotary_dim": 16,
+        "model_type": "gptj", "n_embd": 256, "n_head": 8, "n_layer": 2, "rotary_dim": 16,
         "vocab_size": 1000, "n_positions": 512,
     },
+    "gemma": {**LLAMA, "model_type": "gemma", "num_key_value_heads": 1, "head_dim": 64},
+    "gemma2": {**LLAMA, "model_type": "gemma2", "head_dim": 64, "sliding_window": 64},
+    "gemma3_text": {
+        **LLAMA, "model_type": "gemma3_text", "num_key_value_heads": 1, "head_dim": 64,
+        "sliding_window": 64, "sliding_window_pattern": 2, "num_hidden_layers": 5,
+    },
+    "olmo2": {**LLAMA, "model_type": "olmo2"},
 }  # fmt: skip
 METHODS = ("full", "lora", "qlora")
 
@@ -53,7 +62,23 @@ def test_agrees_with_the_estimate(family: str, method: str, checkpointing: bool)
     assert abs(off) < TOLERANCE, compare(traced.timeline, estimated.timeline)[:8]
 
 
-TOLERANCE = 0.01
+# Trainer's scalars, which the estimate leaves out, and small vectors beside a model of 150 MB
+TOLERANCE = 0.0002
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "olmo2"])
+def test_agrees_where_the_logits_decide(family: str, method: str, attention: str) -> None:
+    """A large vocabulary, no checkpointing: what every layer keeps and every copy of the logits."""
+    config = {**CONFIGS[family], "vocab_size": 32000}
+    job = Job(
+        method=method, seq_len=128, gradient_checkpointing=False, attn_implementation=attention
+    )
+    traced = trace(config, job).peak_allocated_bytes
+    estimated = estimate(model_from_config(config, family), job).peak_allocated_bytes
+    assert abs(traced - estimated) < 32 * 512  # a few scalars
+
 
 FOLDED = {
     "full": Job(method="full", seq_len=64),
@@ -68,13 +93,35 @@ FOLDED = {
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_folded_layers_are_what_all_layers_are(name: str) -> None:
-    config, job = {**LLAMA, "num_hidden_layers": 6}, FOLDED[name]
+    config, job = {**LLAMA, "num_hidden_layers": 5}, FOLDED[name]
     folded, whole = trace(config, job), trace(config, job, fold=False)
-    assert {section.repeats for section in folded.timeline.sections} == {1, 4}
+    assert {section.repeats for section in folded.timeline.sections} == {1, 3}
     assert all(term.measured == term.predicted for term in compare(folded.timeline, whole.timeline))
     for field in ("ready_bytes", "peak_allocated_bytes", "paged_bytes", "num_trainable",
                   "num_parameters", "dimensions"):  # fmt: skip
         assert getattr(folded, field) == getattr(whole, field)
+
+
+# LLM.int8 is off by its outlier columns, which depend on the data
+RECORDED = {
+    "gpt-j-6b-qlora-1x512-history": 4096,
+    "mistral-7b-qlora-1x4096": 4096,
+    "pythia-410m-full-2x512-no-checkpointing-history": 4096,
+    "qwen2.5-0.5b-full-2x512-adafactor": 4096,
+    "tinyllama-1.1b-qlora-4x512-eager": 4096,
+    "llama-3.2-1b-qlora-1x512-int8": 8 * 2**20,
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_agrees_with_what_an_h100_recorded(name: str) -> None:
+    folder = profiles_dir() / "calibrations" / "h100-sxm-80gb" / "runs"
+    record = json.loads((folder / f"{name}.json").read_text())
+    measured = read_timeline(folder / f"{name}.timeline.json.gz")
+    config = dict(find_model(record["model"]).config)
+    traced = trace(config, Job.from_dict(record["job"])).timeline
+    off = traced.peak().nbytes - measured.peak().nbytes
+    assert abs(off) <= RECORDED[name], compare(measured, traced)[:8]
 
 
 def test_unequal_layers_are_not_folded() -> None:
@@ -126,7 +173,7 @@ def test_code_that_a_config_names_is_not_run() -> None:
 
 def test_nothing_is_left_patched() -> None:
     before = torch.is_autocast_enabled
-    trace(LLAMA, Job(method="qlora", seq_len=32))
+    trace(LLAMA, Job(method="full", seq_len=32))
     assert torch.is_autocast_enabled is before
 
 

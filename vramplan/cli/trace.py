@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -16,9 +17,12 @@ from vramplan.cli import options as o
 from vramplan.cli.documents import SCHEMA_VERSION, prediction_keys
 from vramplan.cli.measured import print_comparison
 from vramplan.errors import EnvironmentProblem
+from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.estimate import estimate as walk
 from vramplan.families import NAMES
+from vramplan.gpus import find_gpu
 from vramplan.job import Job
+from vramplan.prediction import job_for
 from vramplan.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -33,24 +37,39 @@ MAX_OWNERS = 12
 def trace(
     model: o.ModelArgument,
     *,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Card whose kernels and workspaces to take.", show_default=False),
+    ] = None,
     job: Job,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
     """The same numbers from transformers' own code on fake tensors; any family, no GPU."""
     found = find_config(model)
-    traced = run_trace(found, job)
+    capability = DEFAULT_CAPABILITY
+    if gpu is not None:
+        card = find_gpu(gpu)
+        job, capability = job_for(job, card), card.compute_capability
+    traced = run_trace(found, job, capability)
     if as_json:
         output.print_json(trace_document(found, job, traced))
         return
     out = output.console()
     print_trace(out, found, job, traced)
     if explain:
-        _explain(out, found, job, traced)
+        _explain(out, found, job, traced, capability)
 
 
-def run_trace(found: FoundConfig, job: Job) -> Trace:
+def run_trace(
+    found: FoundConfig, job: Job, capability: tuple[int, int] = DEFAULT_CAPABILITY
+) -> Trace:
     """Trace a job.
+
+    Args:
+        found: The model's config.
+        job: The job.
+        capability: Compute capability of the card that the trace stands for.
 
     Raises:
         EnvironmentProblem: If the libraries that it runs are not installed.
@@ -67,7 +86,7 @@ def run_trace(found: FoundConfig, job: Job) -> Trace:
         from vramplan.trace import trace as run  # noqa: PLC0415 - torch takes seconds to import
     finally:
         logging.disable(before)
-    return run(found.config, job, where=found.where)
+    return run(found.config, job, capability=capability, where=found.where)
 
 
 def print_trace(out: Console, found: FoundConfig, job: Job, traced: Trace) -> None:
@@ -92,10 +111,13 @@ def print_trace(out: Console, found: FoundConfig, job: Job, traced: Trace) -> No
     output.print_parts(out, parts, peak.nbytes, "peak allocated")
 
 
-def _explain(out: Console, found: FoundConfig, job: Job, traced: Trace) -> None:
+def _explain(
+    out: Console, found: FoundConfig, job: Job, traced: Trace, capability: tuple[int, int]
+) -> None:
     """Term by term against the estimate, or the largest owners where there is none."""
     if found.config.get("model_type") in NAMES:
-        estimated = walk(model_from_config(found.config, found.name), job).timeline
+        model = model_from_config(found.config, found.name)
+        estimated = walk(model, job, capability=capability).timeline
         print_comparison(out, traced.timeline, estimated, "traced")
         return
     out.print()

@@ -238,15 +238,22 @@ def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor
     return rotate(t, q, env.cos, env.sin), rotate(t, k, env.cos, env.sin)
 
 
-def repeat_kv(t: Tape, x: Tensor, groups: int) -> Tensor:
+def repeat_kv(t: Tape, x: Tensor, groups: int, *, heads: int = 0) -> Tensor:
     """Keys or values repeated for every query head; nothing for one group.
 
-    One head alone is spread without a copy (``ops.expand``): transformers' repeat_kv ends in a
-    reshape, which then is a view.
+    Args:
+        t: The tape.
+        x: Keys or values.
+        groups: Query heads per key head.
+        heads: Key heads, where transformers repeats them (``expand``, then ``reshape``): a single
+            one stays a view. PyTorch's own ``repeat_interleave`` always copies.
     """
     if groups == 1:
         return x
-    out = t.new(x.numel * groups, x.dtype)
+    if heads == 1:
+        out = Tensor(x.storage, x.numel * groups, x.dtype)
+    else:
+        out = t.new(x.numel * groups, x.dtype)
     if x.node is not None:
         out.node = t.node((x.node,), _repeat_kv_backward, args=(x.numel,))
     return out
@@ -313,8 +320,8 @@ def _sdpa_without_flash(
         p = dims.attention_dropout
         out = math_attention(t, q, k, v, env, dropout=p, contiguous=not contiguous)
         return ops.copy(t, out)
-    repeat = ops.expand if dims.num_kv_heads == 1 else repeat_kv
-    k, v = repeat(t, k, groups), repeat(t, v, groups)
+    heads = dims.num_kv_heads
+    k, v = repeat_kv(t, k, groups, heads=heads), repeat_kv(t, v, groups, heads=heads)
     shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
     # its output lies as [batch, length, heads, head_dim] whatever the queries do
     return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
@@ -364,7 +371,7 @@ def math_attention(
             del ones
             mask = t.new(env.length * env.length, FP32)
         if broadcast:
-            key, value = ops.expand(t, ops.scale(t, k_acc), groups), ops.expand(t, v_acc, groups)
+            key, value = ops.expand(t, ops.scale(t, k_acc), groups), v_acc
         else:
             expanded, value = repeat_kv(t, k_acc, groups), repeat_kv(t, v_acc, groups)
             key = ops.scale(t, expanded)
@@ -375,6 +382,8 @@ def math_attention(
         weights = ops.safe_softmax(t, weights)
         weights = ops.dropout(t, weights, dropout)
         _returned = ops.to(t, weights, dtype)
+        if broadcast:
+            value = ops.expand(t, value, groups)
         out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
         return ops.to(t, out, dtype)
 
@@ -395,12 +404,10 @@ def eager_attention(
     """
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
-    repeat = ops.expand if dims.num_kv_heads == 1 else repeat_kv
-    key = repeat(t, k, groups)
-    value = repeat(t, v, groups)
+    key = repeat_kv(t, k, groups, heads=dims.num_kv_heads)
+    value = repeat_kv(t, v, groups, heads=dims.num_kv_heads)
     size = dims.num_heads * env.tokens * env.length
-    repeated = groups > 1 and repeat is repeat_kv
-    folds = contiguous, repeated or (contiguous and groups == 1)
+    folds = contiguous, contiguous or _repetition_folds(t, k, dims)
     weights = ops.scale(
         t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch, folds=folds)
     )
@@ -412,9 +419,19 @@ def eager_attention(
         weights = ops.add(t, weights, env.mask)
     weights = ops.to(t, ops.softmax(t, weights, FP32), q.dtype)
     weights = ops.dropout(t, weights, dims.attention_dropout)
-    folds = True, repeated
+    folds = True, _repetition_folds(t, v, dims)
     out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
     return ops.copy(t, out), weights
+
+
+def _repetition_folds(t: Tape, x: Tensor, dims: Dims) -> bool:
+    """Whether repeated keys or values lie [batch, heads, ...] in memory when matmul folds them.
+
+    A copy does; the view of a single head only once autocast has cast it.
+    """
+    if dims.num_kv_heads == 1:
+        return dims.num_heads > 1 and t.autocast is not None and x.dtype is not t.autocast
+    return dims.num_heads > dims.num_kv_heads
 
 
 def causal_mask(t: Tape, embeds: Tensor, env: Env) -> None:

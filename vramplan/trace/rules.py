@@ -34,6 +34,8 @@ SORTED_EMBEDDING_TOKENS = 3072
 FOREACH_CHUNK = 65536
 
 RULES = {
+    "filled in place": "index's and topk's backward write into the zeros they made; for tensor "
+    "subclasses into a copy (csrc/autograd/FunctionsManual.cpp, areAnyTensorSubclassLike)",
     "sum in place": "autograd's engine adds a second gradient into the first when nobody else "
     "holds it; for tensor subclasses it never does (csrc/autograd/input_buffer.cpp)",
     "fp32 list": "CUDA's autocast runs other operations in fp32 than the CPU's "
@@ -84,14 +86,24 @@ SOLE_TENSOR_REFERENCES = 4
 SOLE_STORAGE_REFERENCES = 2
 
 
-def sums_in_place(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether this is the engine adding a gradient to one that nobody else holds.
+FILLING = (aten.index_put.default, aten.scatter.src, aten.scatter.value)
 
-    Source: torch ``csrc/autograd/input_buffer.cpp`` (``can_accumulate_inplace``).
+
+def sums_in_place(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether CUDA would do this in place.
+
+    Either the engine adds a gradient to one that nobody else holds, or a node fills the zeros
+    that it made.
+
+    Source: torch ``csrc/autograd/input_buffer.cpp`` (``can_accumulate_inplace``),
+    ``csrc/autograd/FunctionsManual.cpp`` (``index_backward``,
+    ``value_selecting_reduction_backward_symint``).
 
     Known limitations:
         A sum of two tensors of the same size inside a node's C++ backward looks the same.
     """
+    if func in FILLING:
+        return torch._C._current_autograd_node() is not None
     if func is not aten.add.Tensor or len(args) != 2 or kwargs:
         return False
     old, new = args
@@ -211,10 +223,11 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
 
     def gemm_4bit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
         x, _packed, shape = args[:3]
+        absmax_8bit = args[7] if len(args) > 7 else kwargs.get("absmax_8bit")
         if x.numel() // x.shape[-1] <= FUSED_MAX_TOKENS:
             return []
         blocks = -(-shape[0] * shape[1] // 64) * 4
-        nested = [blocks, blocks] if kwargs.get("absmax_8bit") is not None else []
+        nested = [blocks, blocks] if absmax_8bit is not None else []
         return [*nested, shape[0] * shape[1] * x.element_size()]
 
     def embedding_backward(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
