@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vramplan.config import MAX_PARAMETERS, ConfigReader, load_json
 from vramplan.errors import ConfigError, EnvironmentProblem, UnknownNameError
 from vramplan.families import find_family
-from vramplan.model import Model
+from vramplan.model import Architecture, Dims, Model, ParameterSpec
 from vramplan.resources import profiles_dir
 
 
@@ -67,8 +67,32 @@ def model_from_config(
         repository=repository,
         revision=revision,
         config=config,
-        warnings=tuple(reader.warnings),
+        warnings=(*reader.warnings, *_expert_warnings(architecture, dims, num_parameters)),
     )
+
+
+def _expert_warnings(architecture: Architecture, dims: Dims, num_parameters: int) -> list[str]:
+    """What LoRA and QLoRA do to fused experts, which few expect."""
+    bare = sum(
+        spec.num_parameters
+        for kind in dims.kinds
+        for spec in architecture.block_of(kind)
+        if isinstance(spec, ParameterSpec)
+    )
+    found = []
+    if 2 * bare > num_parameters:
+        found.append(
+            f"QLoRA leaves {bare / num_parameters:.0%} of this model unquantised: bitsandbytes "
+            "converts linear layers only, and its experts are bare parameters. "
+            "prepare_model_for_kbit_training even makes them fp32; --no-prepare-kbit does not."
+        )
+    if any(spec.targets for spec in architecture.parameters()):
+        found.append(
+            "Under all-linear peft adapts the experts too and folds the adapters into a copy of a "
+            "layer's experts at every forward; --target-modules q_proj,k_proj,v_proj,o_proj does "
+            "not."
+        )
+    return found
 
 
 class FoundConfig(NamedTuple):

@@ -21,7 +21,7 @@ from vramplan.formats import FP32, INT64
 from vramplan.job import Job
 from vramplan.layers import Built, Layer, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import Param, Storage, Tape, Tensor
+from vramplan.tape import Leaf, Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
@@ -126,17 +126,6 @@ def estimate(
     return Step(model, job, capability, workspace_bytes).run()
 
 
-def require_grad(t: Tape, embeds: Tensor) -> Param:
-    """enable_input_require_grads: the output of a frozen embedding becomes a leaf with a gradient.
-
-    Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
-    """
-    assert embeds.storage is not None
-    return Param(
-        embeds.storage, embeds.numel, embeds.dtype, trainable=True, owner=t.owner, copies=1
-    )
-
-
 class Step:
     """Walks one steady step of a job."""
 
@@ -148,7 +137,6 @@ class Step:
         self.family = find_family(model.family)
         self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
         self.tape = Tape(job.autocast_dtype)
-        self.leaf: Param | None = None
         self.tape.kind = Kind.WEIGHTS
         self.built = Built(self.tape, model, job, self.runs)
         self.env = Env(
@@ -168,6 +156,7 @@ class Step:
             else CUBLAS_WORKSPACE
         )
         self.marks: list[int] = []
+        self.leaf: Leaf | None = None
 
     def run(self) -> Estimate:
         """Load, then one steady step."""
@@ -217,7 +206,11 @@ class Step:
             with t.repeated(copies):
                 for param in params:
                     parts, managed = optimizer.state_parts(
-                        param.numel, param.rows, param.dtype, embedding=param.embedding
+                        param.numel,
+                        param.rows,
+                        param.dtype,
+                        embedding=param.embedding,
+                        matrices=param.matrices,
                     )
                     paged += managed * copies
                     held += [
@@ -256,8 +249,8 @@ class Step:
             self._backward(loss)
         del loss
         self.env.kept = None
-        if self.leaf is not None:  # goes with the graph; a leaf is its own node, a cycle here
-            self.leaf.node = self.leaf.grad = None
+        if self.leaf is not None:
+            self.leaf.release()
             self.leaf = None
         del batch
 
@@ -292,10 +285,7 @@ class Step:
         t.owner = name
         position_ids = t.new(env.length, INT64, Kind.BATCH) if self.family.positions else None
         t.owner = spec.name
-        embeds = self.family.embed(t, built.embedding, env)
-        if self.job.gradient_checkpointing and embeds.node is None:
-            self.leaf = require_grad(t, embeds)
-            embeds = self.leaf
+        embeds = self._require_grad(self.family.embed(t, built.embedding, env))
         t.owner = name
         hidden, held = self.family.enter(t, built.outside, embeds, env)
         t.owner = name
@@ -312,9 +302,38 @@ class Step:
             hidden = self.family.norm(t, built.final_norm, hidden, env)
         hidden = self.family.leave(t, built.outside, hidden, env)
         del position_ids, held  # the model's forward holds them to its end
-        # nobody runs a block again without checkpointing
-        env.keep(env.dims.kinds if self.job.gradient_checkpointing else ())
+        if self.job.gradient_checkpointing:
+            env.keep(env.dims.kinds)
+        else:  # nobody will run a block again: the graph alone holds tables, and no masks
+            env.keep(self._folded_kinds(), masks=False)
         return hidden
+
+    def _folded_kinds(self) -> set[str]:
+        """Kinds of which no layer is written out before the folded ones.
+
+        The first layer of such a kind is the last to let go of its tables. Which repetition does
+        cannot be written in a folded section, so they are held until all have been walked back.
+        """
+        seen: set[str] = set()
+        folded: set[str] = set()
+        for run in self.runs:
+            if run.repeats > 1:
+                folded.update(kind for kind in run.kinds if kind not in seen)
+            seen.update(run.kinds)
+        return folded
+
+    def _require_grad(self, embeds: Tensor) -> Tensor:
+        """enable_input_require_grads: checkpointing makes a frozen embedding's output a leaf.
+
+        Its gradient is computed and kept with it until the graph goes.
+
+        Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
+        """
+        if not self.job.gradient_checkpointing or embeds.node is not None:
+            return embeds
+        assert embeds.storage is not None
+        self.leaf = Leaf(embeds.storage, embeds.numel, embeds.dtype, True, self.tape.owner, 1)
+        return self.leaf
 
     def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
         t, env, block = self.tape, self.env, self.family.block

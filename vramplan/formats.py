@@ -25,6 +25,7 @@ FP32 = Dtype("fp32", 4, "float32")
 BF16 = Dtype("bf16", 2, "bfloat16")
 FP16 = Dtype("fp16", 2, "float16")
 INT64 = Dtype("int64", 8, "int64")
+INT32 = Dtype("int32", 4, "int32")
 BOOL = Dtype("bool", 1, "bool")
 
 DTYPES = {dtype.name: dtype for dtype in (BF16, FP16, FP32)}

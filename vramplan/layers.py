@@ -5,8 +5,10 @@ dtypes, their quantisation state, the adapters) and the forward functions of the
 ``nn.Linear``.
 
 Source: transformers 5.17 ``integrations/bitsandbytes.py``; peft 0.21 ``tuners/lora/layer.py``
-(``Linear.forward``), ``tuners/lora/bnb.py`` (``Linear4bit.forward``, ``Linear8bitLt.forward``),
-``utils/other.py`` (``prepare_model_for_kbit_training``); bitsandbytes 0.50.2 ``nn/modules.py``.
+(``Linear.forward``, ``ParamWrapper``), ``tuners/lora/bnb.py`` (``Linear4bit.forward``,
+``Linear8bitLt.forward``), ``utils/other.py`` (``prepare_model_for_kbit_training``),
+``utils/transformers_weight_conversion.py`` (``_convert_peft_config_moe``); bitsandbytes 0.50.2
+``nn/modules.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from vramplan.model import (
     Model,
     ModuleSpec,
     NormSpec,
+    ParameterSpec,
 )
 from vramplan.tape import Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase
@@ -128,6 +131,37 @@ class Linear:
 
 
 @dataclass(slots=True)
+class Parameter:
+    """A bare parameter as peft left it: plain, or folded with its adapter at every forward."""
+
+    spec: ParameterSpec
+    owner: str
+    weight: Param
+    adapter: Adapter | None = None
+
+    def factors(self, t: Tape) -> tuple[Tensor, Tensor]:
+        """ParamWrapper.get_delta_factors: B and A per expert, in the weight's dtype."""
+        assert self.adapter is not None
+        left = ops.permuted(t, self.adapter.b)
+        right = ops.view(t, self.adapter.a)
+        return ops.to(t, left, self.weight.dtype), ops.to(t, right, self.weight.dtype)
+
+    def fold(self, t: Tape, left: Tensor, right: Tensor) -> Tensor:
+        """_LoraFactorsProxy.forward: all experts' weights once more, adapters included."""
+        with t.no_autocast():
+            return ops.fold_adapter(t, self.weight, left, right)
+
+    def delta(self, t: Tape) -> Tensor:
+        """Linear.get_delta_weight of a single matrix, in the weight's dtype."""
+        assert self.adapter is not None
+        rows, columns = self.spec.shape
+        b = ops.autocast_weight(t, self.adapter.b)
+        product = ops.linear(t, b, self.adapter.a, None, columns, self.adapter.r)
+        assert product.numel == rows * columns
+        return ops.to(t, ops.scale(t, product), self.weight.dtype)
+
+
+@dataclass(slots=True)
 class Norm:
     """A norm layer's parameters."""
 
@@ -156,6 +190,7 @@ class Layer:
     name: str = ""
     kind: str = ""
     linears: dict[str, Linear] = field(default_factory=dict)
+    parameters: dict[str, Parameter] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     embeddings: dict[str, Embedding] = field(default_factory=dict)
 
@@ -208,9 +243,12 @@ def num_lead_layers(model: Model, job: Job) -> int:
     """Layers up to the first with something to train: later ones alone see a gradient's input."""
     arch = model.architecture
     names = resolve_targets(arch, job) | set(job.modules_to_save)
+    parameters = parameter_targets(arch, job)
     for index, kind in enumerate(model.dims.kinds):
         modules = arch.block_of(kind)
-        if job.method == "full" or any(m.name.rsplit(".", 1)[-1] in names for m in modules):
+        if job.method == "full" or any(
+            m.name in parameters or m.name.rsplit(".", 1)[-1] in names for m in modules
+        ):
             return index + 1
     return 1
 
@@ -232,6 +270,7 @@ class Built:
         self.model = model
         arch = model.architecture
         self.targets = resolve_targets(arch, job)
+        self.parameter_targets = parameter_targets(arch, job)
         self.params: list[Param] = []
         self._to_cast: list[Param] = []
         self.trainable: list[Param] = []
@@ -264,11 +303,14 @@ class Built:
         ``cast_adapter_dtype``).
         """
         self.t.phase = Phase.PREPARE
-        made: list[tuple[int, list[Param]]] = []
+        made = [(1, self._adapt(self.outside.linears.values(), 1))]
         for run, layers in zip(self.runs, self.layers, strict=True):
             with self.t.repeated(run.repeats):
                 linears = [linear for layer in layers for linear in layer.linears.values()]
-                made.append((run.repeats, self._adapt(linears, run.repeats)))
+                params = self._adapt(linears, run.repeats)
+                for layer in layers:
+                    params += self._adapt_parameters(layer.parameters.values(), run.repeats)
+                made.append((run.repeats, params))
         made.append((1, self._adapt([self.head], 1)))
         for repeats, params in made:
             with self.t.repeated(repeats):
@@ -286,6 +328,20 @@ class Built:
                 a = self._adapter_param(r * columns, r, linear.owner, copies)
                 b = self._adapter_param(rows * r, rows, linear.owner, copies)
                 linear.adapter = Adapter(a, b, r, self.job.lora_dropout)
+                made += [a, b]
+        return made
+
+    def _adapt_parameters(self, parameters: Iterable[Parameter], copies: int) -> list[Param]:
+        """The same for bare parameters: one pair of matrices for all experts together."""
+        made = []
+        for parameter in parameters:
+            spec = parameter.spec
+            if spec.name in self.parameter_targets:
+                rows, columns = spec.shape[-2:]
+                r = self.job.lora_r * len(spec.targets) * spec.num_experts
+                a = self._adapter_param(r * columns, r, parameter.owner, copies)
+                b = self._adapter_param(rows * r, rows, parameter.owner, copies)
+                parameter.adapter = Adapter(a, b, r, 0.0)
                 made += [a, b]
         return made
 
@@ -369,7 +425,7 @@ class Built:
         if saved:
             weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1, saved=True)
         for nbytes in spec.buffers * (1 + saved):  # the copy is one of the whole module
-            self._hold(nbytes, Kind.WEIGHTS, spec.name)
+            self._hold(nbytes, Kind.WEIGHTS, "buffers")
         weight.embedding = True
         return Embedding(spec, spec.name, weight)
 
@@ -407,6 +463,15 @@ class Built:
             bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
             layer = Linear(spec, owner, weight, bias)
         return layer
+
+    def _parameter(self, spec: ParameterSpec, prefix: str, copies: int) -> Parameter:
+        owner = prefix + spec.name
+        experts = spec.num_experts
+        rows, _columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, spec.shape[0])
+        first = experts * rows  # as a matrix of all experts' rows
+        weight = self._param(spec.num_parameters, first, self.plain_dtype, owner, copies)
+        weight.matrices = experts
+        return Parameter(spec, owner, weight)
 
     def _quantised(self, spec: LinearSpec, owner: str, copies: int) -> Linear:
         job = self.job
@@ -452,6 +517,8 @@ class Built:
             layer.linears[spec.name] = self._linear(spec, prefix, copies)
         elif isinstance(spec, EmbeddingSpec):
             layer.embeddings[spec.name] = self._embedding(spec)
+        elif isinstance(spec, ParameterSpec):
+            layer.parameters[spec.name] = self._parameter(spec, prefix, copies)
         else:
             layer.norms[spec.name] = self._norm(spec, prefix, copies)
 
@@ -485,12 +552,17 @@ def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
     """
     if job.method == "full":
         return frozenset()
-    linear = set(arch.linear_names())
+    replaced = {name for spec in arch.parameters() for name in spec.targets}
+    linear = set(arch.linear_names()) - replaced
     head = arch.head.name.rsplit(".", 1)[-1]
     known = linear | {head}
     savable = known | {arch.embedding.name.rsplit(".", 1)[-1]}
     norm = () if arch.final_norm is None else (arch.final_norm,)
-    savable |= {m.name.rsplit(".", 1)[-1] for m in (*arch.modules(), *arch.outside, *norm)}
+    savable |= {
+        m.name.rsplit(".", 1)[-1]
+        for m in (*arch.modules(), *arch.outside, *norm)
+        if not isinstance(m, ParameterSpec)
+    }
     savable -= linear  # a layer that is quantised or adapted cannot be saved whole
     for name in job.modules_to_save:
         if name not in savable:
@@ -502,12 +574,40 @@ def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
         return frozenset(linear)
     assert not isinstance(job.target_modules, str)
     for name in job.target_modules:
-        if name not in known:
+        if name not in known | replaced:
             raise UsageError(
                 f"--target-modules {name!r} is not a linear layer of this model; it has "
-                + ", ".join(sorted(known))
+                + ", ".join(sorted(known | replaced))
             )
-    return frozenset(job.target_modules)
+    return frozenset(job.target_modules) - replaced
+
+
+def parameter_targets(arch: Architecture, job: Job) -> frozenset[str]:
+    """Names of the bare parameters that get an adapter, instead of the layers they replaced.
+
+    Raises:
+        UsageError: If peft could not adapt them.
+    """
+    if job.method == "full":
+        return frozenset()
+    every = job.target_modules == ALL_LINEAR
+    found = set()
+    for spec in arch.parameters():
+        asked = spec.targets if every else set(spec.targets) & set(job.target_modules)
+        if not asked:
+            continue
+        if len(asked) < len(spec.targets):
+            raise UsageError(
+                f"--target-modules: peft adapts {' and '.join(spec.targets)} only together, "
+                f"because transformers fuses them into {spec.name}"
+            )
+        if job.lora_dropout:
+            raise UsageError(
+                f"--lora-dropout {job.lora_dropout}: peft cannot apply dropout to {spec.name}, "
+                f"which {'all-linear' if every else ', '.join(spec.targets)} adapts in this model"
+            )
+        found.add(spec.name)
+    return frozenset(found)
 
 
 FUSED_MAX_TOKENS = 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 from vramplan.formats import BF16, Dtype
@@ -20,6 +21,11 @@ class Dims:
         tied: Whether input embedding and output head are one parameter.
         sliding_window: Attention span in tokens, None for full attention.
         num_sliding_layers: Layers that use the window.
+        num_experts: Experts of a layer; 0 in a dense model.
+        num_experts_per_tok: Experts that every token is sent to.
+        moe_intermediate_size: Width of one expert.
+        shared_intermediate_size: Width of the expert that every token goes through.
+        norm_topk: Whether the chosen experts' weights are made to sum to 1.
         attn_logit_softcapping: Cap of the attention scores (tanh), None for none.
         final_logit_softcapping: Cap of the logits (tanh), None for none.
         qk_layernorm: Whether queries and keys are normalised before they are rotated, where the
@@ -54,6 +60,11 @@ class Dims:
     embedding_dropout: float = 0.0
     sliding_window: int | None = None
     num_sliding_layers: int = 0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_intermediate_size: int = 0
+    norm_topk: bool = False
     layer_kinds: tuple[str, ...] = ()
     parallel_residual: bool = False
     attn_logit_softcapping: float | None = None
@@ -94,6 +105,31 @@ class LinearSpec(NamedTuple):
         return self.in_features * self.out_features + (self.out_features if self.bias else 0)
 
 
+class ParameterSpec(NamedTuple):
+    """A bare ``nn.Parameter``: fused experts, routers, sinks. bitsandbytes never quantises it.
+
+    Attributes:
+        name: Its path, that of the module for a module's only weight.
+        shape: Its dimensions; three for a stack of experts' matrices.
+        targets: Names of the linear layers that it replaced. peft adapts it for these, and for
+            all-linear, with the rank of all of them together.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    targets: tuple[str, ...] = ()
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices are stacked."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+
 class NormSpec(NamedTuple):
     """A norm layer: one weight of ``size`` elements, and a bias if it is a LayerNorm."""
 
@@ -121,7 +157,7 @@ class EmbeddingSpec(NamedTuple):
         return self.num_embeddings * self.width
 
 
-ModuleSpec = LinearSpec | NormSpec | EmbeddingSpec
+ModuleSpec = LinearSpec | ParameterSpec | NormSpec | EmbeddingSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +206,10 @@ class Architecture:
         outside = sum(module.num_parameters for module in self.outside)
         norm = self.final_norm.num_parameters if self.final_norm is not None else 0
         return self.embedding.num_parameters + layers + outside + norm + head
+
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """Every bare parameter of a layer of any kind."""
+        return tuple(m for m in self.modules() if isinstance(m, ParameterSpec))
 
     def linear_names(self) -> tuple[str, ...]:
         """Last path component of every linear layer but the head."""

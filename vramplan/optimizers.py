@@ -48,7 +48,7 @@ class Optimizer:
     factored: bool = False
 
     def state_parts(
-        self, numel: int, rows: int, dtype: Dtype, *, embedding: bool = False
+        self, numel: int, rows: int, dtype: Dtype, *, embedding: bool = False, matrices: int = 1
     ) -> tuple[list[int], int]:
         """State of one parameter.
 
@@ -58,13 +58,14 @@ class Optimizer:
             dtype: dtype of the parameter.
             embedding: Whether it is an ``nn.Embedding``'s table, for which transformers keeps
                 8-bit optimizers in 32 bits.
+            matrices: How many matrices the parameter stacks; ``rows`` are those of all.
 
         Returns:
             Bytes of each allocation on the device (unrounded), and bytes in managed memory.
         """
         if self.factored:
             if rows > 1:
-                return [rows * 4, numel // rows * 4], 0
+                return [rows * 4, numel // rows * matrices * 4], 0
             return [numel * 4], 0
         if self.library != "bitsandbytes":
             size = dtype.size if self.state_bits == 0 else self.state_bits // 8

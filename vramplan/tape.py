@@ -87,7 +87,8 @@ def alias(x: Tensor) -> Tensor:
 class Param(Tensor):
     """A leaf: a parameter. ``copies`` identical ones exist (one per folded layer)."""
 
-    __slots__ = ("copies", "embedding", "grad", "owner", "pending", "rows", "waiting")
+    __slots__ = ("copies", "embedding", "grad", "matrices", "owner", "pending", "rows", "waiting")
+    grad_kind = Kind.GRADIENTS
 
     def __init__(
         self, storage: Storage, numel: int, dtype: Dtype, trainable: bool, owner: str, copies: int
@@ -98,9 +99,21 @@ class Param(Tensor):
         self.owner = owner
         self.copies = copies
         self.rows = 1
+        self.matrices = 1
         self.embedding = False
         self.pending: Tensor | None = None  # AccumulateGrad's input buffer
         self.waiting = 0
+
+
+class Leaf(Param):
+    """An activation that is a leaf: its gradient stays with it until someone lets go of both."""
+
+    __slots__ = ()
+    grad_kind = Kind.ACTIVATION_GRADIENTS
+
+    def release(self) -> None:
+        """The graph goes; a leaf is its own node."""
+        self.node = self.grad = None
 
 
 class Holder:
@@ -326,6 +339,19 @@ class Tape:
         assert value is not None, "a saved tensor was not recomputed"
         return value
 
+    def drop_recomputed(self, node: Node) -> None:
+        """A node's formula is through; what checkpointing recomputed for it goes.
+
+        Checkpointing's unpack hook hands a tensor over and keeps nothing, so it goes before the
+        engine casts and sums the gradients (validate_outputs). What was saved without checkpointing
+        stays until after that.
+
+        Source: torch 2.11 ``torch/utils/checkpoint.py`` (``unpack_hook``).
+        """
+        for saved in node.saved:
+            if type(saved) is Holder:
+                saved.value = None
+
     def _recompute(self, frame: Frame) -> None:
         outer = self.owner, self.kind, self._in_autocast
         self.kind = Kind.ACTIVATIONS
@@ -457,7 +483,7 @@ class Tape:
         param.waiting -= 1
         if param.pending is not None:
             if param.pending.aliased:
-                value = self.new(param.numel, param.pending.dtype, Kind.GRADIENTS)
+                value = self.new(param.numel, param.pending.dtype, param.grad_kind)
             else:
                 value = param.pending
             param.pending = None
@@ -475,12 +501,12 @@ class Tape:
         assert storage is not None
         # two callers' locals, this one, getrefcount's argument
         if _getrefcount(value) <= 4 and _getrefcount(storage) <= 3:
-            if storage.kind is not Kind.GRADIENTS:
-                self._relabel(storage, Kind.GRADIENTS, param.owner)
+            if storage.kind is not param.grad_kind:
+                self._relabel(storage, param.grad_kind, param.owner)
             param.grad = value
         else:
             self.owner = param.owner
-            param.grad = self.new(param.numel, param.dtype, Kind.GRADIENTS)
+            param.grad = self.new(param.numel, param.dtype, param.grad_kind)
 
     def _relabel(self, storage: Storage, kind: Kind, owner: str) -> None:
         """A block changes its purpose without moving."""

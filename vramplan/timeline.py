@@ -209,6 +209,8 @@ def handed_on(timeline: Timeline) -> dict[tuple[int, int], tuple[int, bool]]:
     for index, blocks in taken.items():
         for block in blocks:
             for source in (index, *sorted((s for s in left if s < index), reverse=True)):
+                if repeats[source] != repeats[index]:
+                    continue
                 twin = next((b for b in left.get(source, ()) if size[b] == size[block]), None)
                 if twin is not None:
                     matches[index, block] = (twin, source == index)

@@ -66,6 +66,15 @@ PUBLIC_COUNTS = [
     ("qwen2.5-0.5b", 494_032_768, WRITE_UPS),
     ("qwen2.5-7b", 7_615_616_512, SAFETENSORS),
     ("smollm2-135m", 134_515_008, SAFETENSORS),
+    ("gemma-2b", 2_506_172_416, SAFETENSORS),
+    ("gemma-7b", 8_537_680_896, SAFETENSORS),
+    ("gemma-2-2b", 2_614_341_888, SAFETENSORS),
+    ("gemma-2-9b", 9_241_705_984, SAFETENSORS),
+    ("gemma-2-27b", 27_227_128_320, SAFETENSORS),
+    ("gemma-3-1b", 999_885_952, SAFETENSORS),
+    ("gemma-3-270m", 268_098_176, SAFETENSORS),
+    ("olmo-2-1b", 1_484_916_736, SAFETENSORS),
+    ("olmo-2-7b", 7_298_617_344, SAFETENSORS),
 ]
 
 

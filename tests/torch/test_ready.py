@@ -38,6 +38,10 @@ SMALL = (
     "bloom-560m",
     "falcon-7b",
     "falcon-rw-1b",
+    "gpt-oss-20b",
+    "mixtral-8x7b",
+    "qwen1.5-moe-a2.7b",
+    "qwen3-30b-a3b",
 )
 VARIANTS = {
     "int8": Job(quant_type="int8"),

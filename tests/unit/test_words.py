@@ -141,6 +141,39 @@ def test_hostile_values_give_one_clear_error(change: dict) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layer_types": ["full_attention"]}, "list of 2 kinds"),
+        ({"layer_types": "full_attention"}, "list of 2 kinds"),
+        ({"layer_types": ["full_attention", "x" * 1000]}, "may hold"),
+        ({"layer_types": ["full_attention", ["a"]]}, "may hold"),
+        ({"use_bidirectional_attention": True}, "only causal"),
+        ({"final_logit_softcapping": "30"}, "must be a number"),
+        ({"final_logit_softcapping": 0}, "must be from"),
+        ({"sliding_window": -1}, "must be from 1"),
+        ({"num_attention_heads": 48}, "not divisible"),
+    ],
+)
+def test_hostile_values_of_gemma_give_one_clear_error(change: dict, words: str) -> None:
+    config = {"model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 2}
+    with pytest.raises(ConfigError, match=words):
+        model_from_config(config | change, "tiny")
+
+
+def test_null_switches_a_cap_off() -> None:
+    config = {"model_type": "gemma2", "num_hidden_layers": 2}
+    assert model_from_config(config, "tiny").dims.final_logit_softcapping == 30.0
+    change = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+    dims = model_from_config(config | change, "tiny").dims
+    assert dims.final_logit_softcapping is None and dims.attn_logit_softcapping is None
+
+
+def test_multimodal_gemma_is_another_model() -> None:
+    with pytest.raises(UnknownNameError, match="gemma3_text"):
+        model_from_config({"model_type": "gemma3", "text_config": {}}, "tiny")
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",

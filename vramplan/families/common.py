@@ -63,11 +63,20 @@ class Env:
             mine = self.shared[kind]
             self.cos, self.sin, self.mask = mine.cos, mine.sin, mine.mask
 
-    def keep(self, kinds: Collection[str]) -> None:
-        """Let go of what no layer of these kinds is handed."""
-        if not kinds or self.shared:
+    def keep(self, kinds: Collection[str], *, masks: bool = True) -> None:
+        """Let go of what no layer of these kinds is handed.
+
+        Args:
+            kinds: The kinds still to come.
+            masks: Whether their masks are still needed too.
+        """
+        if self.shared or not kinds or not masks:
             self.cos = self.sin = self.mask = self.alibi = None
-        self.shared = {kind: mine for kind, mine in self.shared.items() if kind in kinds}
+        self.shared = {
+            kind: Shared(mine.cos, mine.sin, mine.mask if masks else None)
+            for kind, mine in self.shared.items()
+            if kind in kinds
+        }
 
 
 def embed_tokens(t: Tape, table: Embedding, env: Env) -> Tensor:
@@ -202,6 +211,21 @@ def rotate(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return ops.add(t, ops.mul(t, x, cos), ops.mul(t, rotate_half(t, x), sin))
 
 
+def split_heads(t: Tape, x: Tensor, env: Env, *, value: bool = False) -> Tensor:
+    """``x.view(hidden_shape).transpose(1, 2)``: [batch, heads, length, head_dim].
+
+    Slices, plain products and repeated heads hand gradients back in that memory order, which takes
+    a copy to view as x again. Rotation slices queries and keys; a fused kernel's gradient of the
+    values lies in memory as they do.
+    """
+    several = x.numel > env.tokens * env.dims.head_dim
+    grouped = env.dims.num_heads > env.dims.num_kv_heads
+    fused = env.attention != "eager" and not (
+        env.attention == "sdpa" and grouped and (env.mask is not None or env.capability < (8, 0))
+    )
+    return ops.view(t, x, copied=several and not (value and fused))
+
+
 def rotary_parts(t: Tape, x: Tensor, env: Env) -> tuple[Tensor, Tensor]:
     """``x[..., :rotary_dim]`` and ``x[..., rotary_dim:]``, views of every head."""
     rotated = x.numel // env.dims.head_dim * env.dims.rotary_dim
@@ -214,11 +238,22 @@ def rotate_both(t: Tape, q: Tensor, k: Tensor, env: Env) -> tuple[Tensor, Tensor
     return rotate(t, q, env.cos, env.sin), rotate(t, k, env.cos, env.sin)
 
 
-def repeat_kv(t: Tape, x: Tensor, groups: int) -> Tensor:
-    """Keys or values repeated for every query head; nothing for one group."""
+def repeat_kv(t: Tape, x: Tensor, groups: int, *, heads: int = 0) -> Tensor:
+    """Keys or values repeated for every query head; nothing for one group.
+
+    Args:
+        t: The tape.
+        x: Keys or values.
+        groups: Query heads per key head.
+        heads: Key heads, where transformers repeats them (``expand``, then ``reshape``): a single
+            one stays a view. PyTorch's own ``repeat_interleave`` always copies.
+    """
     if groups == 1:
         return x
-    out = t.new(x.numel * groups, x.dtype)
+    if heads == 1:
+        out = Tensor(x.storage, x.numel * groups, x.dtype)
+    else:
+        out = t.new(x.numel * groups, x.dtype)
     if x.node is not None:
         out.node = t.node((x.node,), _repeat_kv_backward, args=(x.numel,))
     return out
@@ -246,7 +281,7 @@ def attend(
         The output and, from eager attention, the weights, which the caller keeps alive.
     """
     if env.attention == "eager":
-        return eager_attention(t, q, k, v, env)
+        return eager_attention(t, q, k, v, env, contiguous=not contiguous)
     if env.attention == "sdpa" and (env.mask is not None or env.capability < (8, 0)):
         return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
     dims = env.dims
@@ -282,11 +317,14 @@ def _sdpa_without_flash(
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
     if groups > 1 and env.mask is None:
-        return ops.copy(t, math_attention(t, q, k, v, env, dropout=dims.attention_dropout))
-    k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
+        p = dims.attention_dropout
+        out = math_attention(t, q, k, v, env, dropout=p, contiguous=not contiguous)
+        return ops.copy(t, out)
+    heads = dims.num_kv_heads
+    k, v = repeat_kv(t, k, groups, heads=heads), repeat_kv(t, v, groups, heads=heads)
     shape = (env.batch, dims.num_heads, dims.num_heads, env.length, dims.head_dim)
-    out = ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
-    return out if contiguous else ops.copy(t, out)
+    # its output lies as [batch, length, heads, head_dim] whatever the queries do
+    return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
 
 
 def math_attention(
@@ -298,6 +336,7 @@ def math_attention(
     *,
     dropout: float,
     broadcast: bool = False,
+    contiguous: bool = False,
 ) -> Tensor:
     """``_scaled_dot_product_attention_math``: everything in fp32, scores written out.
 
@@ -310,6 +349,7 @@ def math_attention(
         dropout: Dropout of the weights.
         broadcast: Whether ``matmul`` spreads the one key head over the query heads, as it does
             without ``enable_gqa``; else they are repeated first.
+        contiguous: Whether queries have the memory order [batch, heads, length, head_dim].
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
     """
@@ -325,32 +365,52 @@ def math_attention(
     with t.no_autocast():
         q_acc, k_acc, v_acc = ops.to(t, q, FP32), ops.to(t, k, FP32), ops.to(t, v, FP32)
         query = ops.scale(t, q_acc)
+        if mask is None:  # is_causal
+            ones = t.new(env.length * env.length, BOOL)
+            _lower = t.new(env.length * env.length, BOOL)  # tril
+            del ones
+            mask = t.new(env.length * env.length, FP32)
         if broadcast:
-            key, value = ops.expand(t, ops.scale(t, k_acc), groups), ops.expand(t, v_acc, groups)
+            key, value = ops.expand(t, ops.scale(t, k_acc), groups), v_acc
         else:
             expanded, value = repeat_kv(t, k_acc, groups), repeat_kv(t, v_acc, groups)
             key = ops.scale(t, expanded)
-        weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch)
+        folds = contiguous, not broadcast  # repetition leaves them contiguous
+        weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch, folds=folds)
         del key
-        if mask is not None:
-            weights = ops.add_(t, weights, mask)
+        weights = ops.add_(t, weights, mask)
         weights = ops.safe_softmax(t, weights)
         weights = ops.dropout(t, weights, dropout)
         _returned = ops.to(t, weights, dtype)
-        out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
+        if broadcast:
+            value = ops.expand(t, value, groups)
+        out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
         return ops.to(t, out, dtype)
 
 
 def eager_attention(
-    t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env, *, contiguous: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """eager_attention_forward of the Llama-like models."""
+    """eager_attention_forward of the Llama-like models.
+
+    Args:
+        t: The tape.
+        q: Queries [batch, heads, length, head_dim].
+        k: Keys [batch, key heads, length, head_dim].
+        v: Values, as keys.
+        env: Shapes and mask.
+        contiguous: Whether queries and keys have that memory order too, as concatenation leaves
+            them and repetition leaves keys and values.
+    """
     dims = env.dims
     groups = dims.num_heads // dims.num_kv_heads
-    key = repeat_kv(t, k, groups)
-    value = repeat_kv(t, v, groups)
+    key = repeat_kv(t, k, groups, heads=dims.num_kv_heads)
+    value = repeat_kv(t, v, groups, heads=dims.num_kv_heads)
     size = dims.num_heads * env.tokens * env.length
-    weights = ops.scale(t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch))
+    folds = contiguous, contiguous or _repetition_folds(t, k, dims)
+    weights = ops.scale(
+        t, ops.batched_matmul(t, q, key, size, dims.head_dim, env.batch, folds=folds)
+    )
     if dims.attn_logit_softcapping is not None:
         weights = ops.scale(t, weights)
         weights = ops.tanh(t, weights)
@@ -359,8 +419,19 @@ def eager_attention(
         weights = ops.add(t, weights, env.mask)
     weights = ops.to(t, ops.softmax(t, weights, FP32), q.dtype)
     weights = ops.dropout(t, weights, dims.attention_dropout)
-    out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch)
+    folds = True, _repetition_folds(t, v, dims)
+    out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
     return ops.copy(t, out), weights
+
+
+def _repetition_folds(t: Tape, x: Tensor, dims: Dims) -> bool:
+    """Whether repeated keys or values lie [batch, heads, ...] in memory when matmul folds them.
+
+    A copy does; the view of a single head only once autocast has cast it.
+    """
+    if dims.num_kv_heads == 1:
+        return dims.num_heads > 1 and t.autocast is not None and x.dtype is not t.autocast
+    return dims.num_heads > dims.num_kv_heads
 
 
 def causal_mask(t: Tape, embeds: Tensor, env: Env) -> None:

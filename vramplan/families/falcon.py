@@ -150,8 +150,8 @@ def split_heads(t: Tape, fused: Tensor, env: Env) -> tuple[Tensor, Tensor, Tenso
         q, k, v = [ops.slice_(t, fused, width) for _ in range(3)]
         return q, k, v
     q = ops.slice_(t, fused, width)
-    k = ops.index(t, fused, kv_width)
-    v = ops.index(t, fused, kv_width)
+    k = ops.pick(t, fused, kv_width)
+    v = ops.pick(t, fused, kv_width)
     if not d.grouped_qkv:
         return q, k, v
     groups = d.num_heads // d.num_kv_heads

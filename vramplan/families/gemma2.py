@@ -122,6 +122,7 @@ def decoder_layer(t: Tape, m: Layer, x: Tensor, env: Env, attention: Attention) 
 def head(t: Tape, lm_head: Linear, hidden: Tensor, env: Env) -> Tensor:
     """Gemma2ForCausalLM.forward after the decoder: the logits, capped."""
     logits = lm_head(t, hidden)
+    t.owner = lm_head.owner
     if env.dims.final_logit_softcapping is not None:
         logits = ops.scale(t, logits)
         logits = ops.tanh(t, logits)

@@ -1,10 +1,6 @@
 """Phi-1, Phi-1.5 and Phi-2: parallel attention and MLP behind one norm, biases everywhere.
 
 Source: transformers 5.17.0 ``models/phi/modeling_phi.py``.
-
-Known limitations:
-    With ``embd_pdrop`` the embeddings are taken to stay beside their dropped-out copy, as in the
-    other families; Phi's model forgets them. No published Phi has that dropout.
 """
 
 from __future__ import annotations
@@ -16,10 +12,12 @@ from vramplan.families.common import (
     Family,
     activate,
     attend,
+    dropout,
     layer_norm,
     rotary_parts,
     rotary_prepare,
     rotate_both,
+    split_heads,
 )
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, ModuleSpec, NormSpec
@@ -85,9 +83,9 @@ def architecture(d: Dims) -> Architecture:
 def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """PhiAttention.forward; the unrotated parts stay in local variables to its end."""
     outer, t.owner = t.owner, f"{m.name}.self_attn"
-    q = ops.view(t, m.linears["self_attn.q_proj"](t, x))
-    k = ops.view(t, m.linears["self_attn.k_proj"](t, x))
-    v = ops.view(t, m.linears["self_attn.v_proj"](t, x))
+    q = split_heads(t, m.linears["self_attn.q_proj"](t, x), env)
+    k = split_heads(t, m.linears["self_attn.k_proj"](t, x), env)
+    v = split_heads(t, m.linears["self_attn.v_proj"](t, x), env, value=True)
     if env.dims.qk_layernorm:  # on transposed tensors
         q = layer_norm(t, m.norms["self_attn.q_layernorm"], q, env, contiguous=False)
         k = layer_norm(t, m.norms["self_attn.k_layernorm"], k, env, contiguous=False)
@@ -118,9 +116,15 @@ def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     residual = x
     h = layer_norm(t, m.norms["input_layernorm"], x, env)
     attn, _weights = attention(t, m, h, env)
-    attn = ops.dropout(t, attn, p)
-    feed_forward = ops.dropout(t, mlp(t, m, h, env), p)
+    attn = dropout(t, attn, p, "resid_dropout")
+    feed_forward = dropout(t, mlp(t, m, h, env), p, "resid_dropout")
     return ops.add(t, ops.add(t, attn, feed_forward), residual)
+
+
+def enter(t: Tape, outside: Layer, embeds: Tensor, env: Env) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """PhiModel.forward gives the dropped-out embeddings the name of the embeddings."""
+    inputs_embeds = dropout(t, embeds, env.dims.embedding_dropout, "embed_dropout")
+    return inputs_embeds, (inputs_embeds,)
 
 
 FAMILY = Family(
@@ -132,4 +136,5 @@ FAMILY = Family(
     prepare=rotary_prepare,
     attentions=("sdpa", "eager", "flash_attention_2"),
     source="transformers 5.17.0 models/phi/modeling_phi.py",
+    enter=enter,
 )

@@ -18,10 +18,12 @@ from vramplan.families.common import (
     Family,
     activate,
     attend,
+    dropout,
     rms_norm,
     rotary_parts,
     rotary_prepare,
     rotate,
+    split_heads,
 )
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, NormSpec
@@ -91,9 +93,9 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     q = ops.slice_(t, qkv, env.tokens * query_pos)
     k = ops.slice_(t, qkv, env.tokens * kv_width)
     v = ops.slice_(t, qkv, env.tokens * kv_width)
-    q = ops.view(t, q)
-    k = ops.view(t, k)
-    v = ops.view(t, v)
+    q = split_heads(t, q, env)
+    k = split_heads(t, k, env)
+    v = split_heads(t, v, env, value=True)
     q, k = rotate_parts(t, q, k, env)
     out, weights = attend(t, q, k, v, env, contiguous=False)
     out = m.linears["self_attn.o_proj"](t, out)
@@ -118,11 +120,12 @@ def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     residual = x
     h = rms_norm(t, m.norms["input_layernorm"], x, env)
     h, _weights = attention(t, m, h, env)
-    h = ops.add(t, residual, ops.dropout(t, h, p))
+    h = ops.add(t, residual, dropout(t, h, p, "resid_attn_dropout"))
     residual = h
     h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)
     h = mlp(t, m, h, env)
-    return ops.add(t, residual, ops.dropout(t, h, p))
+    h = ops.add(t, residual, dropout(t, h, p, "resid_mlp_dropout"))
+    return h  # noqa: RET504 - the MLP's output goes before the residual
 
 
 FAMILY = Family(

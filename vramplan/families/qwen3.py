@@ -10,7 +10,7 @@ from dataclasses import replace
 from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama, qwen2
-from vramplan.families.common import Env, attend, rms_norm, rotate_both
+from vramplan.families.common import Env, attend, rms_norm, rotate_both, split_heads
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, NormSpec
 from vramplan.tape import Tape, Tensor
@@ -34,7 +34,7 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     outer, t.owner = t.owner, f"{m.name}.self_attn"
     q = _normed(t, m, "q", x, env)
     k = _normed(t, m, "k", x, env)
-    v = ops.view(t, m.linears["self_attn.v_proj"](t, x))
+    v = split_heads(t, m.linears["self_attn.v_proj"](t, x), env, value=True)
     q, k = rotate_both(t, q, k, env)
     out, weights = attend(t, q, k, v, env)
     out = m.linears["self_attn.o_proj"](t, out)

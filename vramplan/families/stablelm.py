@@ -16,10 +16,12 @@ from vramplan.families.common import (
     Env,
     Family,
     attend,
+    dropout,
     layer_norm,
     rotary_parts,
     rotary_prepare,
     rotate_both,
+    split_heads,
 )
 from vramplan.formats import FP32
 from vramplan.layers import Layer
@@ -114,9 +116,9 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     q = m.linears["self_attn.q_proj"](t, x)
     k = m.linears["self_attn.k_proj"](t, x)
     v = m.linears["self_attn.v_proj"](t, x)
-    q = ops.view(t, q)
-    k = ops.view(t, k)
-    v = ops.view(t, v)
+    q = split_heads(t, q, env)
+    k = split_heads(t, k, env)
+    v = split_heads(t, v, env, value=True)
     if d.qk_layernorm:
         q = norm_per_head(t, m, "q_layernorm", q, d.num_heads, env)
         k = norm_per_head(t, m, "k_layernorm", k, d.num_kv_heads, env)
@@ -139,12 +141,12 @@ def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     attn, _weights = attention(t, m, h, env)
     if env.dims.parallel_residual:
         out = llama.mlp(t, m, h, env)
-        out = ops.dropout(t, out, p)
+        out = dropout(t, out, p, "dropout")
         return ops.add(t, ops.add(t, residual, attn), out)
     residual = ops.add(t, residual, attn)
     second_norm = m.norms["post_attention_layernorm"]
     out = llama.mlp(t, m, layer_norm(t, second_norm, residual, env), env)
-    out = ops.dropout(t, out, p)
+    out = dropout(t, out, p, "dropout")
     return ops.add(t, residual, out)
 
 

@@ -15,6 +15,7 @@ from vramplan.families.common import (
     layer_norm,
     rotary_prepare,
     rotate_both,
+    split_heads,
 )
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, NormSpec
@@ -80,9 +81,9 @@ def architecture(d: Dims) -> Architecture:
 def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """Starcoder2Attention.forward."""
     outer, t.owner = t.owner, f"{m.name}.self_attn"
-    q = ops.view(t, m.linears["self_attn.q_proj"](t, x))
-    k = ops.view(t, m.linears["self_attn.k_proj"](t, x))
-    v = ops.view(t, m.linears["self_attn.v_proj"](t, x))
+    q = split_heads(t, m.linears["self_attn.q_proj"](t, x), env)
+    k = split_heads(t, m.linears["self_attn.k_proj"](t, x), env)
+    v = split_heads(t, m.linears["self_attn.v_proj"](t, x), env, value=True)
     q, k = rotate_both(t, q, k, env)
     out, weights = attend(t, q, k, v, env)
     out = m.linears["self_attn.o_proj"](t, out)

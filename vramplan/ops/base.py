@@ -33,14 +33,17 @@ def _to_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (grad if grad.dtype is dtype else t.new(grad.numel, dtype),)
 
 
-def autocast_weight(t: Tape, weight: Param) -> Tensor:
+def autocast_weight(t: Tape, weight: Tensor) -> Tensor:
     """The weight as autocast hands it to a matrix product.
 
-    Trainable fp32 leaves are cast once per context and cached; frozen ones are cast anew each time.
+    Trainable fp32 leaves are cast once per context and cached; frozen and computed ones are cast
+    anew each time.
     """
     low = t.autocast
     if low is None or weight.dtype is low:
         return weight
+    if not isinstance(weight, Param):
+        return to(t, weight, low)
     cached = t.cached_cast(weight)
     if cached is not None:
         return cached
@@ -58,11 +61,18 @@ def copy(t: Tape, x: Tensor) -> Tensor:
     return out
 
 
-def view(t: Tape, x: Tensor) -> Tensor:
-    """view, transpose, permute: another tensor over the same storage."""
+def view(t: Tape, x: Tensor, *, copied: bool = False) -> Tensor:
+    """view, transpose, permute: another tensor over the same storage.
+
+    Args:
+        t: The tape.
+        x: Input.
+        copied: Whether the gradient comes in a memory order that no view leads back from: a view's
+            backward is a ``reshape``, which then copies.
+    """
     out = Tensor(x.storage, x.numel, x.dtype)
     if x.node is not None:
-        out.node = t.node((x.node,), _view_backward)
+        out.node = t.node((x.node,), same_size if copied else _view_backward)
     return out
 
 
@@ -120,16 +130,16 @@ def _sum_down(t: Tape, node: Node, grad: Tensor) -> Grads:
     return (t.new(node.args[0], grad.dtype),)
 
 
-def index(t: Tape, x: Tensor, numel: int) -> Tensor:
+def pick(t: Tape, x: Tensor, numel: int) -> Tensor:
     """``x[..., [i], :]``: gathered by a list, so a copy; its gradient is one of the whole size."""
     position = t.new(1, INT64)
     node = None
     if x.node is not None:
-        node = t.node((x.node,), _index_backward, (position,), (x.numel,))
+        node = t.node((x.node,), _pick_backward, (position,), (x.numel,))
     return t.new(numel, x.dtype, node=node)
 
 
-def _index_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+def _pick_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     t.unpack(node.saved[0])
     return (t.new(node.args[0], grad.dtype),)
 
@@ -186,18 +196,6 @@ def _cat_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 def result_of(x: Tensor) -> Tensor:
     """A node keeps its own result without a reference cycle: another tensor, same storage."""
     return Tensor(x.storage, x.numel, x.dtype)
-
-
-def drop_recomputed(node: Node) -> None:
-    """Release what a checkpoint recomputed for this node, as its formula has returned.
-
-    The engine casts gradients to their inputs' dtypes after that; a tensor kept since the forward
-    pass stays with the node until then.
-
-    Source: torch 2.11 ``torch/utils/checkpoint.py`` (``unpack_hook``), ``csrc/autograd/engine.cpp``
-    (``call_function``, ``evaluate_function``).
-    """
-    node.saved = tuple(saved for saved in node.saved if isinstance(saved, Tensor))
 
 
 def leaf_grad(t: Tape, numel: int, dtype: Dtype, edge: Node | Param | None) -> Tensor | None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vramplan.errors import UnknownNameError
-from vramplan.formats import BOOL, FP32, Dtype
+from vramplan.formats import BOOL, FP32, INT64, Dtype
 from vramplan.ops.base import (
     Grads,
     column_sum,
     copy,
-    drop_recomputed,
     promote,
     result_of,
     same_size,
@@ -63,7 +62,7 @@ def _mul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         ga = t.new(grad.numel, promote(grad.dtype, b_dtype))
     if b_edge is not None:
         gb = t.new(grad.numel, promote(grad.dtype, a_dtype))
-    drop_recomputed(node)
+    t.drop_recomputed(node)
     if ga is not None:
         ga = fit_grad(t, ga, a_numel, a_dtype, a_edge)
     if gb is not None:
@@ -82,12 +81,47 @@ def add(t: Tape, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    """The same gradient for both, summed down and cast where one was broadcast or promoted."""
     a_numel, a_dtype, b_numel, b_dtype = node.args
     a_edge, b_edge = node.edges
     return (
         fit_grad(t, grad, a_numel, a_dtype) if a_edge is not None else None,
         fit_grad(t, grad, b_numel, b_dtype) if b_edge is not None else None,
     )
+
+
+def sub(t: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """``a - b``: keeps nothing; hands the gradient to one, its negative to the other."""
+    out = t.new(max(a.numel, b.numel), promote(a.dtype, b.dtype))
+    t.moved_bytes += a.numel * a.dtype.size + b.numel * b.dtype.size
+    if a.node is not None or b.node is not None:
+        args = (a.numel, a.dtype, b.numel, b.dtype)
+        out.node = t.node((a.node, b.node), _sub_backward, args=args)
+    return out
+
+
+def _sub_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    a_numel, a_dtype, b_numel, b_dtype = node.args
+    a_edge, b_edge = node.edges
+    gb = None
+    if b_edge is not None:
+        gb = fit_grad(t, t.new(grad.numel, grad.dtype), b_numel, b_dtype)
+    return (fit_grad(t, grad, a_numel, a_dtype) if a_edge is not None else None), gb
+
+
+def subtract_max(t: Tape, x: Tensor, groups: int) -> Tensor:
+    """``x - x.max(dim=-1, keepdim=True).values``: the maximum's indices are kept."""
+    node = t.node((x.node,), _max_backward, args=(x.numel,)) if x.node is not None else None
+    values = t.new(groups, x.dtype, node=node)
+    indices = t.new(groups, INT64)
+    if node is not None:
+        node.saved = t.save((indices,))
+    return sub(t, x, values)
+
+
+def _max_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.unpack(node.saved[0])
+    return (t.new(node.args[0], grad.dtype),)
 
 
 def scale(t: Tape, x: Tensor) -> Tensor:

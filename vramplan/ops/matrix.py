@@ -12,7 +12,7 @@ from vramplan.timeline import Kind
 
 
 def linear(
-    t: Tape, x: Tensor, weight: Param, bias: Param | None, rows: int, columns: int
+    t: Tape, x: Tensor, weight: Tensor, bias: Param | None, rows: int, columns: int
 ) -> Tensor:
     """``F.linear``: x [tokens, columns] times weight [rows, columns]."""
     # autocast's wrapper casts its arguments last to first, as C++ evaluates them here
@@ -89,7 +89,16 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     return gx, gw, gb
 
 
-def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch: int) -> Tensor:
+def batched_matmul(
+    t: Tape,
+    a: Tensor,
+    b: Tensor,
+    numel: int,
+    inner: int,
+    batch: int,
+    *,
+    folds: tuple[bool, bool] = (False, False),
+) -> Tensor:
     """``torch.matmul`` of two [batch, heads, ...] activations.
 
     Batch and heads are folded into one dimension; operands whose memory order does not allow that
@@ -102,6 +111,8 @@ def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch:
         numel: Elements of the result.
         inner: Contracted dimension.
         batch: Batch size.
+        folds: Whether the memory order of each operand lets batch and heads fold; attention weights
+            as first operand always do.
 
     Source: torch 2.11 ``aten/src/ATen/native/LinearAlgebra.cpp`` (``_matmul_impl``).
     """
@@ -109,9 +120,10 @@ def batched_matmul(t: Tape, a: Tensor, b: Tensor, numel: int, inner: int, batch:
         b = to(t, b, t.autocast)
         a = to(t, a, t.autocast)
     if batch > 1:
-        if a.numel < numel:  # queries; attention weights are contiguous already
+        if a.numel < numel and not folds[0]:  # queries
             a = copy(t, a)
-        b = copy(t, b)
+        if not folds[1]:
+            b = copy(t, b)
     t.flops += 2 * numel * inner
     node = None
     if a.node is not None or b.node is not None:

@@ -133,7 +133,8 @@ class Fused(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         """Three gradients and the kernel's workspace."""
-        q, k, v = ctx.saved_tensors[:3]
+        saved = ctx.saved_tensors  # held by the node's call to its end
+        q, k, v = saved[:3]
         batch, heads, length, dim = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         rows = batch * heads * length
@@ -149,6 +150,13 @@ class Fused(torch.autograd.Function):  # type: ignore[misc]
         return dq, dk, dv, None, None
 
 
+def _tokens_first(x: Any) -> Any:
+    """A tensor like x that lies in memory as [batch, length, heads, head_dim]."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+        1, 2
+    )
+
+
 class Efficient(torch.autograd.Function):  # type: ignore[misc]
     """The memory-efficient kernel."""
 
@@ -156,7 +164,7 @@ class Efficient(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, q: Any, k: Any, v: Any, bias: Any, books: Books) -> Any:
         """Result and log-sum-exp, its rows rounded up to 32."""
         batch, heads, length, _ = q.shape
-        out = torch.empty_like(q)
+        out = _tokens_first(q)
         lse = torch.empty(batch, heads, -(-length // 32) * 32, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.books = books
@@ -165,9 +173,10 @@ class Efficient(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         """Three gradients and delta."""
-        q, k, v = ctx.saved_tensors[:3]
+        saved = ctx.saved_tensors  # held by the node's call to its end
+        q, k, v = saved[:3]
         batch, heads, length, _ = q.shape
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = _tokens_first(q), _tokens_first(k), _tokens_first(v)
         with ctx.books.scratch([batch * heads * length * 4]):
             pass
         return dq, dk, dv, None, None

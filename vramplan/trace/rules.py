@@ -34,6 +34,8 @@ SORTED_EMBEDDING_TOKENS = 3072
 FOREACH_CHUNK = 65536
 
 RULES = {
+    "filled in place": "index's and topk's backward write into the zeros they made; for tensor "
+    "subclasses into a copy (csrc/autograd/FunctionsManual.cpp, areAnyTensorSubclassLike)",
     "sum in place": "autograd's engine adds a second gradient into the first when nobody else "
     "holds it; for tensor subclasses it never does (csrc/autograd/input_buffer.cpp)",
     "fp32 list": "CUDA's autocast runs other operations in fp32 than the CPU's "
@@ -84,14 +86,22 @@ SOLE_TENSOR_REFERENCES = 4
 SOLE_STORAGE_REFERENCES = 2
 
 
-def sums_in_place(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether this is the engine adding a gradient to one that nobody else holds.
+FILLING = (aten.index_put.default, aten.scatter.src, aten.scatter.value)
 
-    Source: torch ``csrc/autograd/input_buffer.cpp`` (``can_accumulate_inplace``).
+
+def sums_in_place(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether CUDA would do this in place: the engine adding a gradient to one that nobody else
+    holds, or a node filling the zeros that it made.
+
+    Source: torch ``csrc/autograd/input_buffer.cpp`` (``can_accumulate_inplace``),
+    ``csrc/autograd/FunctionsManual.cpp`` (``index_backward``,
+    ``value_selecting_reduction_backward_symint``).
 
     Known limitations:
         A sum of two tensors of the same size inside a node's C++ backward looks the same.
     """
+    if func in FILLING:
+        return torch._C._current_autograd_node() is not None
     if func is not aten.add.Tensor or len(args) != 2 or kwargs:
         return False
     old, new = args
