@@ -124,8 +124,28 @@ def test_agrees_with_what_an_h100_recorded(name: str) -> None:
     assert abs(off) <= RECORDED[name], compare(measured, traced)[:8]
 
 
+PATTERNS = {
+    "alternating": ["sliding_attention", "full_attention"] * 4,
+    "first-differs": ["full_attention"] + ["sliding_attention"] * 5,
+    "odd-end": ["sliding_attention", "sliding_attention", "full_attention"] * 4
+    + ["full_attention"],
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_layers_that_take_turns_are_folded_by_period(name: str) -> None:
+    kinds = PATTERNS[name]
+    config = {**CONFIGS["qwen2"], "num_hidden_layers": len(kinds), "layer_types": kinds,
+              "use_sliding_window": True, "sliding_window": 32}  # fmt: skip
+    job = Job(method="full", seq_len=64)
+    folded, whole = trace(config, job), trace(config, job, fold=False)
+    assert max(section.repeats for section in folded.timeline.sections) > 1
+    assert all(term.measured == term.predicted for term in compare(folded.timeline, whole.timeline))
+
+
 def test_unequal_layers_are_not_folded() -> None:
-    kinds = ["sliding_attention", "full_attention"] * 3
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention",
+             "sliding_attention", "full_attention"]  # fmt: skip
     config = {**CONFIGS["qwen2"], "num_hidden_layers": 6, "layer_types": kinds,
               "use_sliding_window": True, "sliding_window": 32}  # fmt: skip
     traced = trace(config, Job(method="full", seq_len=64))

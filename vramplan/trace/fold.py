@@ -1,21 +1,21 @@
-"""Equal decoder layers, traced once: the first, one that stands for all between, the last.
+"""Equal decoder layers, traced once: a first period, one that stands for all between, the last.
 
-The trace of such a cut model becomes a Timeline whose middle layer's forward and backward are
-sections that repeat; what outside of them belongs to the middle layer (weights, gradients,
-optimizer state) exists as many times at once.
+A period is one layer, or several where kinds of layers take turns. The trace of such a cut model
+becomes a Timeline whose middle period's forward and backward are sections that repeat; what outside
+of them belongs to the middle layers (weights, gradients, optimizer state) exists as many times at
+once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vramplan.timeline import Event, Phase, Section, Timeline
 from vramplan.trace.tracker import Block, Books
 
-CUT = 3  # layers of a cut model
-MIDDLE = 1  # the one that stands for others
+MAX_PERIOD = 8
 UNLIKE = frozenset(("layer_idx", "layer_id", "layer_number", "training"))
 
 
@@ -28,12 +28,54 @@ def layers_of(model: Any) -> tuple[str, list[Any]]:
     return "", []
 
 
-def can_fold(model: Any) -> bool:
-    """Whether all layers between the first and the last are equal, and enough to be worth it."""
-    _, layers = layers_of(model)
-    if len(layers) <= CUT:
-        return False
-    return len({_signature(layer) for layer in layers[1:-1]}) == 1
+class Cut(NamedTuple):
+    """Which layers of a model are traced.
+
+    Attributes:
+        period: Layers of the first and of the middle period.
+        last: Layers kept behind them.
+        repeats: How many periods the middle one stands for.
+    """
+
+    period: int
+    last: int
+    repeats: int
+
+    @property
+    def middle(self) -> range:
+        """The layers of the cut model that stand for others."""
+        return range(self.period, 2 * self.period) if self.repeats > 1 else range(0)
+
+    @property
+    def num_left_out(self) -> int:
+        """Layers that the cut model lacks."""
+        return self.period * (self.repeats - 1)
+
+    def config(self, config: Any) -> None:
+        """Leave a transformers config the traced layers."""
+        count = config.num_hidden_layers
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == count:
+                setattr(config, name, value[: 2 * self.period] + value[-self.last :])
+        config.num_hidden_layers = 2 * self.period + self.last
+
+
+WHOLE = Cut(0, 0, 1)
+
+
+def find_cut(model: Any) -> Cut:
+    """The shortest period in which a model's layers repeat; WHOLE if there is none worth it."""
+    kinds = [_signature(layer) for layer in layers_of(model)[1]]
+    count = len(kinds)
+    for period in range(1, MAX_PERIOD + 1):
+        last = period + count % period
+        repeats = (count - period - last) // period
+        if repeats < 2:
+            break
+        between = kinds[period : count - last]
+        if all(kind == between[i % period] for i, kind in enumerate(between)):
+            return Cut(period, last, repeats)
+    return WHOLE
 
 
 def _signature(layer: Any) -> tuple[Any, ...]:
@@ -51,50 +93,67 @@ def _signature(layer: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def cut_config(config: Any) -> None:
-    """Leave a transformers config its first, second and last layer."""
-    count = config.num_hidden_layers
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == count:
-            setattr(config, name, [value[0], value[1], value[-1]])
-    config.num_hidden_layers = CUT
-
-
-def timelines(books: Books, repeats: int, steady_from: int) -> tuple[Timeline, Timeline]:
+def timelines(books: Books, steady_from: int) -> tuple[Timeline, Timeline]:
     """The whole run, and the same with all before a step counted as preparation.
 
     Args:
         books: A finished trace.
-        repeats: How many layers the middle one stands for; 1 if the model was not cut.
         steady_from: The step from which on a peak counts.
+
+    Known limitations:
+        What all layers share and a middle one is the last to hold (the mask of a kind that only
+        middle layers have) is released at the end of the repeated section, not within its last
+        repetition.
     """
+    sheets = _Sheets(books.repeats, steady_from)
     once = _sequential(books)
-    whole: list[Section] = []
-    steady: list[Section] = []
-    events: list[Event] = []
-    late: list[Event] = []
-    inside = False
-
-    def close() -> None:
-        if events:
-            times = repeats if inside else 1
-            whole.append(Section(tuple(events), times))
-            steady.append(Section(tuple(late), times))
-            events.clear()
-            late.clear()
-
     for block, sign, phase, step, layer in books.entries:
-        middle = repeats > 1 and layer == MIDDLE
-        if middle is not inside:
-            close()
-            inside = middle
-        together = layer is None and block.layer == MIDDLE and block not in once
-        copies = repeats if together else 1
+        together = layer is None and block.layer in books.middle and block not in once
+        copies = books.repeats if together else 1
         event = Event(block.number, sign * block.nbytes, block.kind, block.owner, phase, copies)
-        events.append(event)
-        late.append(event if step >= steady_from else event._replace(phase=Phase.PREPARE))
-    close()
-    return Timeline(tuple(whole)), Timeline(tuple(steady))
+        inside = layer in books.middle
+        if inside and sign < 0 and block.layer is None:
+            sheets.postponed.append((event, step))
+            continue
+        sheets.write(event, step, inside=inside)
+    sheets.close()
+    return Timeline(tuple(sheets.whole)), Timeline(tuple(sheets.steady))
+
+
+class _Sheets:
+    """Collects events into sections, for both timelines."""
+
+    def __init__(self, repeats: int, steady_from: int) -> None:
+        self.repeats, self.steady_from = repeats, steady_from
+        self.whole: list[Section] = []
+        self.steady: list[Section] = []
+        self.postponed: list[tuple[Event, int]] = []
+        self._events: list[Event] = []
+        self._late: list[Event] = []
+        self._inside = False
+
+    def write(self, event: Event, step: int, *, inside: bool) -> None:
+        """One event, in a repeated section or not."""
+        if inside is not self._inside:
+            self.close()
+            self._inside = inside
+            waiting, self.postponed = self.postponed, []
+            for late, its_step in waiting:
+                self._put(late, its_step)
+        self._put(event, step)
+
+    def _put(self, event: Event, step: int) -> None:
+        self._events.append(event)
+        steady = step >= self.steady_from
+        self._late.append(event if steady else event._replace(phase=Phase.PREPARE))
+
+    def close(self) -> None:
+        """End a section."""
+        if self._events:
+            times = self.repeats if self._inside else 1
+            self.whole.append(Section(tuple(self._events), times))
+            self.steady.append(Section(tuple(self._late), times))
+            self._events, self._late = [], []
 
 
 def _sequential(books: Books) -> set[Block]:

@@ -27,7 +27,7 @@ from vramplan.job import Job
 from vramplan.names import holder_of, owner_of
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.trace.build import DTYPES, base_model, build, make_fake, quant_tensors, quiet
-from vramplan.trace.fold import CUT, MIDDLE, can_fold, cut_config, layers_of, timelines
+from vramplan.trace.fold import WHOLE, Cut, find_cut, layers_of, timelines
 from vramplan.trace.optimizers import make_optimizer
 from vramplan.trace.rules import answers, corrected, hidden_bytes, sums_in_place
 from vramplan.trace.tracker import Books, Tracker, watch_modules
@@ -89,10 +89,10 @@ def trace(
     if fold:
         with quiet():
             whole = base_model(config, job, where)
-        if can_fold(whole):
-            repeats = whole.config.num_hidden_layers - CUT + 1
-            return Run(build(config, job, where, cut_config), job, capability, repeats).perform()
-    return Run(build(config, job, where), job, capability, 1).perform()
+        cut = find_cut(whole)
+        if cut.repeats > 1:
+            return Run(build(config, job, where, cut.config), job, capability, cut).perform()
+    return Run(build(config, job, where), job, capability, WHOLE).perform()
 
 
 class Run:
@@ -102,13 +102,13 @@ class Run:
         model: The prepared model on meta.
         job: The job.
         capability: Compute capability of the card.
-        repeats: How many layers the middle one of a cut model stands for; 1 if it is whole.
+        cut: Which of its layers stand for others.
     """
 
-    def __init__(self, model: Any, job: Job, capability: tuple[int, int], repeats: int) -> None:
-        self.model, self.job, self.capability, self.repeats = model, job, capability, repeats
+    def __init__(self, model: Any, job: Job, capability: tuple[int, int], cut: Cut) -> None:
+        self.model, self.job, self.capability, self.cut = model, job, capability, cut
         self.books = Books()
-        self.books.repeats = repeats
+        self.books.middle, self.books.repeats = cut.middle, cut.repeats
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.books.layers_path = layers_of(base)[0] + "."
 
@@ -128,7 +128,7 @@ class Run:
                 books.step += 1
                 self._step()
             books.recording = False
-        whole, steady = timelines(books, self.repeats, NUM_STEPS)
+        whole, steady = timelines(books, NUM_STEPS)
         config = self.model.config
         dimensions = {name: getattr(config, name, None) for name in DIMENSIONS}
         dimensions["num_hidden_layers"] = self.num_layers
@@ -148,14 +148,14 @@ class Run:
     def num_layers(self) -> int | None:
         """Decoder layers of the real model."""
         count: int | None = getattr(self.model.config, "num_hidden_layers", None)
-        return count + self.repeats - 1 if count is not None else None
+        return count + self.cut.num_left_out if count is not None else None
 
     def _count(self, name: str, parameter: Any) -> int:
         """Elements of a parameter in the real model."""
         state = getattr(parameter, "quant_state", None)
         numel: int = (state.shape if state is not None else parameter.shape).numel()
-        middle = self.books.layer_of(owner_of(name)) == MIDDLE
-        return numel * (self.repeats if middle else 1)
+        middle = self.books.layer_of(owner_of(name)) in self.books.middle
+        return numel * (self.cut.repeats if middle else 1)
 
     # -- before training -------------------------------------------------------------------------
 

@@ -48,7 +48,8 @@ class Books:
         layer: Decoder layer at work in forward or backward, None outside of them.
         entries: (block, sign, phase, step, layer) in the order of the run.
         layers_path: Path of the decoder layers.
-        repeats: How many layers the middle one of a cut model stands for.
+        middle: Layers of a cut model that stand for others.
+        repeats: How many each of them stands for.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,7 @@ class Books:
         self.layer: int | None = None
         self.entries: list[tuple[Block, int, Phase, int, int | None]] = []
         self.layers_path = ""
+        self.middle = range(0)
         self.repeats = 1
         self.leaves: dict[int, str] = {}  # id of a parameter -> its owner
         self.stack: list[str] = []
@@ -139,7 +141,7 @@ class Books:
     def copies(self, tensor: Any) -> int:
         """How many equal tensors of the real model this one stands for."""
         block = self.block_of(tensor)
-        return self.repeats if block is not None and block.layer == 1 else 1
+        return self.repeats if block is not None and block.layer in self.middle else 1
 
     # -- whose it is -----------------------------------------------------------------------------
 
