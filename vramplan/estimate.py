@@ -83,15 +83,18 @@ def num_cublaslt_threads(model: Model, job: Job) -> int:
     return int(in_block or arch.head.bias) + int(in_block and job.gradient_checkpointing)
 
 
-def attention_of(family: Family, job: Job) -> str:
-    """The attention implementation transformers would use.
+def attention_of(family: Family, job: Job, model: Model) -> str:
+    """The attention implementation transformers would use: the job's, the config's, the default.
+
+    Some published files name one (``_attn_implementation``), and transformers 5.17 follows them.
 
     Raises:
         UsageError: If the family does not have the one asked for.
     """
     asked = job.attn_implementation
     if asked is None:
-        return family.attentions[0]
+        named = model.config.get("_attn_implementation")
+        return next((name for name in family.attentions if name == named), family.attentions[0])
     if asked not in family.attentions:
         raise UsageError(
             f"--attn-implementation {asked}: transformers has no {asked} attention for "
@@ -142,7 +145,7 @@ class Step:
         self.env = Env(
             job,
             model.dims,
-            attention_of(self.family, job),
+            attention_of(self.family, job, model),
             job.batch_size,
             job.seq_len,
             job.tokens,

@@ -456,7 +456,7 @@ class Built:
         job = self.job
         owner = prefix + spec.name
         rows, columns = spec.out_features, spec.in_features
-        if job.quantised and spec.cls != "FalconLinear":  # bitsandbytes takes no other subclass
+        if job.quantised and spec.quantisable:
             layer = self._quantised(spec, owner, copies)
         else:
             weight = self._param(rows * columns, rows, self.plain_dtype, owner, copies)

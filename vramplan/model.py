@@ -100,6 +100,11 @@ class LinearSpec(NamedTuple):
     cls: str = "Linear"
 
     @property
+    def quantisable(self) -> bool:
+        """Whether bitsandbytes replaces it: nn.Linear and Conv1D, no other subclass."""
+        return self.cls in ("Linear", "Conv1D")
+
+    @property
     def num_parameters(self) -> int:
         """Elements of weight and bias."""
         return self.in_features * self.out_features + (self.out_features if self.bias else 0)

@@ -33,7 +33,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3", "num_key_value_heads": 2},
     "phi3-partial": {
         "model_type": "phi3", "partial_rotary_factor": 0.75, "resid_pdrop": 0.1,
-        "sliding_window": 64,
+        "sliding_window": 64, "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 12, "short_factor": [1.0] * 12},
     },
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 64},
     "stablelm": {"model_type": "stablelm", "num_key_value_heads": 2, "use_qkv_bias": True},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -140,6 +141,28 @@ def patterned(kinds: tuple[str, ...]):
     wide = llama.architecture(replace(dims, intermediate_size=2048)).block
     arch = replace(arch, blocks={"wide": wide})
     return replace(model, dims=dims, architecture=arch, num_parameters=arch.num_parameters(dims))
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "words"),
+    [
+        ("phi", {"partial_rotary_factor": 0.2}, "partial_rotary_factor .0.2. rotates 3 elements"),
+        ("phi3", {"partial_rotary_factor": 0.0}, "partial_rotary_factor .0.0. rotates 0 elements"),
+        ("phi3", {"num_key_value_heads": 3}, "num_key_value_heads .3. does not divide"),
+        ("stablelm", {"partial_rotary_factor": 2}, "partial_rotary_factor must be from 0.0 to 1.0"),
+        (
+            "stablelm-normed",
+            {"hidden_size": 2**20, "num_attention_heads": 2**16, "num_key_value_heads": 2**16},
+            "num_attention_heads .65536. is too many",
+        ),
+        ("starcoder2", {"use_bias": 1}, "use_bias must be true or false"),
+        ("starcoder2", {"residual_dropout": 1.5}, "residual_dropout must be from"),
+        ("qwen3", {"head_dim": -1}, "head_dim must be from 1"),
+    ],
+)
+def test_bad_configs_are_one_error(family: str, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        model_from_config({**tiny(family).config, **change}, family)
 
 
 jobs = st.builds(

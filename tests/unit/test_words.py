@@ -168,6 +168,21 @@ def test_null_switches_a_cap_off() -> None:
     assert dims.final_logit_softcapping is None and dims.attn_logit_softcapping is None
 
 
+def test_a_config_may_name_its_attention() -> None:
+    from vramplan.estimate import estimate
+
+    config = {"model_type": "gemma2", "num_hidden_layers": 2, "vocab_size": 512}
+    sdpa, eager = Job(), Job(attn_implementation="eager")
+    named = model_from_config(config | {"_attn_implementation": "eager"}, "tiny")
+    plain = model_from_config(config, "tiny")
+    odd = model_from_config(config | {"_attn_implementation": ["x"]}, "tiny")
+    peaks = [
+        estimate(model, job).peak_allocated_bytes
+        for model, job in ((named, sdpa), (plain, eager), (plain, sdpa), (odd, sdpa))
+    ]
+    assert peaks[0] == peaks[1] > peaks[2] == peaks[3]
+
+
 def test_multimodal_gemma_is_another_model() -> None:
     with pytest.raises(UnknownNameError, match="gemma3_text"):
         model_from_config({"model_type": "gemma3", "text_config": {}}, "tiny")

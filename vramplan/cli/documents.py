@@ -20,7 +20,7 @@ def job_document(model: Model, job: Job) -> dict[str, Any]:
     """The job with its defaults resolved."""
     return asdict(job) | {
         "optim": job.optimizer_name,
-        "attn_implementation": attention_of(find_family(model.family), job),
+        "attn_implementation": attention_of(find_family(model.family), job, model),
     }
 
 

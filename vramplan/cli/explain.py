@@ -41,7 +41,8 @@ def _formula(kind: Kind, prediction: Prediction) -> list[str]:
     d = model.dims
     tokens = f"{job.batch_size} x {job.seq_len}"
     arch = model.architecture
-    linears = [m for kind in d.kinds for m in arch.block_of(kind) if isinstance(m, LinearSpec)]
+    modules = [*arch.outside, *(m for kind in d.kinds for m in arch.block_of(kind))]
+    linears = [m for m in modules if isinstance(m, LinearSpec) and m.quantisable]
     weights = sum(m.in_features * m.out_features for m in linears)
     if kind is Kind.WEIGHTS:
         if not job.quantised:

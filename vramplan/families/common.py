@@ -282,7 +282,9 @@ def attend(
     """
     if env.attention == "eager":
         return eager_attention(t, q, k, v, env, contiguous=not contiguous)
-    if env.attention == "sdpa" and (env.mask is not None or env.capability < (8, 0)):
+    low_precision = (t.autocast or q.dtype) is not FP32  # all that cuDNN and FlashAttention know
+    fused = env.mask is None and env.capability >= (8, 0) and low_precision
+    if env.attention == "sdpa" and not fused:
         return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
     dims = env.dims
     shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
@@ -306,7 +308,7 @@ def picks_cudnn(env: Env) -> bool:
 def _sdpa_without_flash(
     t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env, *, contiguous: bool
 ) -> Tensor:
-    """Sdpa where FlashAttention cannot run: with a mask, or before compute capability 8.0.
+    """Sdpa where FlashAttention cannot run: with a mask, in fp32, or before compute capability 8.0.
 
     The memory-efficient kernel takes over. It knows no grouped queries: with a mask transformers
     repeats keys and values first, without one PyTorch falls back to plain matrix products.

@@ -92,7 +92,8 @@ FILLING = (aten.index_put.default, aten.scatter.src, aten.scatter.value)
 def sums_in_place(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether CUDA would do this in place.
 
-    The engine adds a gradient to one that nobody else holds; a node fills the zeros that it made.
+    Either the engine adds a gradient to one that nobody else holds, or a node fills the zeros
+    that it made.
 
     Source: torch ``csrc/autograd/input_buffer.cpp`` (``can_accumulate_inplace``),
     ``csrc/autograd/FunctionsManual.cpp`` (``index_backward``,
