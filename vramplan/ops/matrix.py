@@ -18,8 +18,7 @@ def linear(
     # autocast's wrapper casts its arguments last to first, as C++ evaluates them here
     b = autocast_weight(t, bias) if bias is not None else None
     w = autocast_weight(t, weight)
-    if t.autocast is not None:
-        x = to(t, x, t.autocast)
+    x = autocast_weight(t, x)  # a frozen embedding's output may be a leaf too, its cast cached
     return _product(t, x, w, b, rows, columns)
 
 
