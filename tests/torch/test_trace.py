@@ -165,7 +165,7 @@ def test_blocks_are_released_as_often_as_they_were_made() -> None:
 
 def test_a_family_without_a_block_program() -> None:
     traced = trace(
-        {"model_type": "phi", "hidden_size": 256, "num_attention_heads": 8, "vocab_size": 1000,
+        {"model_type": "cohere", "hidden_size": 256, "num_attention_heads": 8, "vocab_size": 1000,
          "intermediate_size": 512, "num_hidden_layers": 2},
         Job(method="full", seq_len=64),
     )  # fmt: skip
