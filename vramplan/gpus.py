@@ -136,6 +136,23 @@ def _by_name() -> Mapping[str, Gpu]:
     }
 
 
+def sizes_of(name: str) -> list[Gpu]:
+    """The cards that a name without a size may mean.
+
+    Args:
+        name: Any spelling, "a100" or "RTX 3080".
+
+    Returns:
+        Every card whose slug is that name and a size; empty where the name tells the size.
+    """
+    wanted = plain(name)
+    return [
+        gpu
+        for slug, gpu in load_gpus().items()
+        if plain(slug.removesuffix(f"-{gpu.box_gb}gb")) == wanted != plain(slug)
+    ]
+
+
 def find_gpu(name: str) -> Gpu:
     """The card of that name.
 

@@ -39,7 +39,7 @@ class Job:
         modules_to_save: Modules trained and kept whole beside the adapters.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``; None lets transformers
             choose (sdpa where the model has it).
-        dtype: dtype of the loaded weights, as in ``from_pretrained``.
+        dtype: dtype of the loaded weights, as in ``from_pretrained``; torch's names are kept short.
         mixed_precision: accelerate's autocast setting.
         quant_type: Format of quantised weights (qlora only).
         double_quant: Whether the scales are quantised too.
@@ -70,6 +70,7 @@ class Job:
     def __post_init__(self) -> None:
         _choice("--method", self.method, METHODS)
         _choice("--mixed-precision", self.mixed_precision, MIXED_PRECISIONS)
+        object.__setattr__(self, "dtype", _short_name(self.dtype))
         _choice("--dtype", self.dtype, DTYPES)
         _choice("--quant-type", self.quant_type, QUANT_FORMATS)
         _choice("--sharding", self.sharding, SHARDINGS)
@@ -154,6 +155,11 @@ class Job:
     def but(self, **changes: Any) -> Job:
         """The same job with some fields changed."""
         return replace(self, **changes)
+
+
+def _short_name(dtype: str) -> str:
+    """Our name for what may be torch's ("bfloat16")."""
+    return next((own.name for own in DTYPES.values() if own.torch_name == dtype), dtype)
 
 
 def _choice(option: str, value: str, known: Any) -> None:

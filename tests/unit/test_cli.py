@@ -39,8 +39,16 @@ def vramplan(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     ("arguments", "code", "start"),
     [
         (("gpt-j-6b", "--gpu", "rtx-3060-12gb"), 0, "Yes: QLoRA of gpt-j-6b fits"),
-        (("gpt-j-6b", "--gpu", "3060", "--batch-size", "4"), 0, "Tight: QLoRA of gpt-j-6b"),
-        (("gpt-j-6b", "--gpu", "3060", "--method", "full"), 1, "No: full fine-tuning of gpt-j-6b"),
+        (
+            ("gpt-j-6b", "--gpu", "rtx 3060 12gb", "--batch-size", "4"),
+            0,
+            "Tight: QLoRA of gpt-j-6b",
+        ),
+        (
+            ("gpt-j-6b", "--gpu", "rtx 3060 12gb", "--method", "full"),
+            1,
+            "No: full fine-tuning of gpt-j-6b",
+        ),
         (("llama-7b", "--gpu", "t4", "--gpu", "3090"), 0, "QLoRA of llama-7b"),
         (("pythia-70m", "--memory", "100MiB"), 1, "No: QLoRA of pythia-70m"),
     ],
@@ -80,7 +88,7 @@ def test_mistakes_get_one_clear_error(arguments: tuple[str, ...], words: str) ->
 
 
 def test_sequence_beyond_the_positions_warns() -> None:
-    done = vramplan("fit", "llama-7b", "--gpu", "a100", "--seq-len", "4096")
+    done = vramplan("fit", "llama-7b", "--gpu", "a100-80gb", "--seq-len", "4096")
     assert done.returncode == 0
     assert done.stderr.startswith("warning: --seq-len 4096 is beyond the 2048 positions")
 
@@ -99,6 +107,36 @@ def test_json_contract(command: tuple[str, ...]) -> None:
         (verdict,) = document["verdicts"]
         assert set(verdict) == {"gpu", "usable_bytes", "verdict", "headroom_bytes"}
         assert {"change", "device_peak_bytes", "verdict"} <= set(document["advice"][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpu", "a100"), "'a100' was taken as a100-80gb; there is also a100-40gb"),
+        (("--gpu", "RTX 3080"), "there is also rtx-3080-12gb"),
+        (("--gpu", "a100-40gb"), ""),
+        (("--gpu", "4090"), ""),
+        (("--gpu", "4090", "--method", "full", "--lora-r", "8"), "full has no use for --lora-r"),
+        (("--gpu", "4090", "--method", "lora", "--quant-type", "fp4"), "no use for --quant-type"),
+    ],
+)
+def test_says_what_it_took_and_left(arguments: tuple[str, ...], words: str) -> None:
+    run = vramplan("fit", "gpt-j-6b", *arguments)
+    assert run.returncode in (0, 1)
+    assert words in run.stderr if words else run.stderr == ""
+
+
+def test_options_to_copy_stay_whole() -> None:
+    run = vramplan("fit", "llama-3.1-8b", "--gpu", "t4-16gb", "--batch-size", "8", COLUMNS="80")
+    rows = [line.split("  ")[0] for line in run.stdout.splitlines() if line.startswith("--")]
+    assert "--gradient-accumulation-steps 2" in rows
+    assert all(row.count("--") == 1 for row in rows)
+
+
+def test_cards_side_by_side() -> None:
+    run = vramplan("fit", "gpt-j-6b", "--gpu", "t4", "--gpu", "rtx-3090-24gb", "--seq-len", "512")
+    assert "Batch 1 x 512 tokens, paged_adamw_8bit" in run.stdout
+    assert "No bf16, planned in fp16: t4-16gb." in run.stdout
 
 
 def test_explain_sums_up() -> None:

@@ -241,3 +241,8 @@ def test_offline_hub_id_says_what_to_do(monkeypatch, tmp_path) -> None:
 
 def test_enough_models_are_shipped() -> None:
     assert len(model_slugs()) >= 30
+
+
+def test_torch_names_of_dtypes_mean_the_same_job() -> None:
+    assert Job(dtype="bfloat16") == Job(dtype="bf16")
+    assert Job(method="full", dtype="float32").weight_dtype.size == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -124,13 +125,28 @@ def find_cards(names: list[str], memory: str | None) -> list[Card]:
             raise UsageError(f"--memory {memory} is {size} bytes; give a unit, such as 12GiB")
         cards.append(Card(format_bytes(size), size, None))
     if names:
-        from vramplan.gpus import find_gpu, load_gpus  # noqa: PLC0415 - only where a card is named
+        from vramplan.gpus import load_gpus  # noqa: PLC0415 - only where a card is named
 
-        chosen = list(load_gpus().values()) if "all" in names else [find_gpu(n) for n in names]
+        chosen = list(load_gpus().values()) if "all" in names else [name_card(n) for n in names]
         cards += [Card(gpu.slug, usable_bytes(gpu), gpu) for gpu in dict.fromkeys(chosen)]
     if not cards:
         raise UsageError("name a card with --gpu (see `vramplan gpus`) or a size with --memory")
     return cards
+
+
+def name_card(name: str) -> Gpu:
+    """The card of that name; where the name leaves the size open, say which was taken."""
+    from vramplan.gpus import find_gpu, sizes_of  # noqa: PLC0415 - only where a card is named
+
+    gpu = find_gpu(name)
+    if name != gpu.slug:
+        others = [other.slug for other in sizes_of(name) if other != gpu]
+        if others:
+            print(
+                f"note: {name!r} was taken as {gpu.slug}; there is also {', '.join(others)}",
+                file=sys.stderr,
+            )
+    return gpu
 
 
 def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
@@ -205,17 +221,22 @@ def headline(model: Model, answer: Answer) -> Text:
     return Text(text, style=f"bold {output.VERDICT_STYLES[verdict.verdict]}")
 
 
+def describe(job: Job) -> str:
+    """The job in one line, below what is asked of it."""
+    return (
+        f"Batch {job.batch_size} x {job.seq_len} tokens, {job.optimizer_name}"
+        + (", gradient checkpointing" if job.gradient_checkpointing else ", no checkpointing")
+        + (f", r={job.lora_r}" if job.method != "full" else "")
+    )
+
+
 def print_answer(model: Model, answer: Answer, adviser: Adviser) -> None:
     """The whole answer for one card."""
     out = output.console()
     prediction, verdict, job = answer.prediction, answer.verdict, answer.job
     assert verdict is not None
     out.print(headline(model, answer))
-    out.print(
-        f"Batch {job.batch_size} x {job.seq_len} tokens, {job.optimizer_name}"
-        + (", gradient checkpointing" if job.gradient_checkpointing else ", no checkpointing")
-        + (f", r={job.lora_r}" if job.method != "full" else "")
-    )
+    out.print(describe(job))
     out.print()
     out.print(Text("Where the bytes go at the peak", style="bold"))
     parts = {kind.value: size for kind, size in prediction.breakdown().items()}
@@ -264,9 +285,10 @@ def print_rows(out: Console, title: str, rows: list[Advice]) -> None:
     table = output.plain_table(
         ("change", "left"), ("would take", "right"), ("verdict", "left"), ("", "left"), title=title
     )
+    table.columns[0].no_wrap = out.width >= 72  # options copied from here stay whole
     for row in rows:
         table.add_row(
-            row.change,
+            row.change.replace(" --", "\n--"),
             format_bytes(row.device_peak_bytes),
             output.verdict_text(row.verdict),
             Text(row.why, style="dim"),
@@ -305,7 +327,8 @@ def print_cards(model: Model, answers: list[Answer]) -> None:
     """One row per card."""
     out = output.console()
     job = answers[0].job
-    out.print(f"{METHOD_NAMES[job.method]} of {model.name}, batch {job.batch_size} x {job.seq_len}")
+    out.print(f"{METHOD_NAMES[job.method]} of {model.name}", style="bold")
+    out.print(describe(job))
     out.print()
     table = output.plain_table(
         ("card", "left"), ("usable", "right"), ("takes", "right"), ("verdict", "left"),
@@ -327,3 +350,8 @@ def print_cards(model: Model, answers: list[Answer]) -> None:
             format_bytes(verdict.headroom_bytes) if verdict else "",
         )
     out.print(table)
+    out.print()
+    fp16 = [a.card.name for a in answers if a.card.gpu and not a.card.gpu.supports_bf16]
+    if fp16:
+        out.print(Text(f"No bf16, planned in fp16: {', '.join(fp16)}.", style="dim"))
+    out.print(Text("One --gpu alone shows where its bytes go and what would help.", style="dim"))

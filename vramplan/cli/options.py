@@ -54,6 +54,8 @@ _JOB_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
     "num_gpus": (int, "GPUs of the run; only 1 is modelled so far.", DEFAULT_JOB.num_gpus),
 }
 _NAME_LISTS = ("target_modules", "modules_to_save")
+_ADAPTERS = ("lora_r", "lora_dropout", "target_modules")
+_QUANTISATION = ("quant_type", "double_quant", "prepare_kbit")
 
 
 def with_job(command: Callable[..., None]) -> Callable[..., None]:
@@ -130,13 +132,29 @@ def make_job(values: dict[str, Any]) -> Job:
         UsageError: If a value is out of range or unknown.
     """
     targets = values["target_modules"]
-    return Job(
+    job = Job(
         **{
             **values,
             "target_modules": ALL_LINEAR if targets == ALL_LINEAR else names(targets),
             "modules_to_save": names(values["modules_to_save"]),
         }
     )
+    warn_of_idle_options(job)
+    return job
+
+
+def warn_of_idle_options(job: Job) -> None:
+    """Say which options were given that the method has no use for."""
+    adapters = _ADAPTERS if job.method == "full" else ()
+    quantisation = _QUANTISATION if job.method != "qlora" else ()
+    given = [
+        name
+        for name in (*adapters, *quantisation)
+        if getattr(job, name) != getattr(DEFAULT_JOB, name)
+    ]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        print(f"warning: --method {job.method} has no use for {options}", file=sys.stderr)
 
 
 def parse_sweep(values: dict[str, Any]) -> dict[str, Any]:
