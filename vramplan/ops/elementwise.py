@@ -58,10 +58,10 @@ def _mul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         del saved
     a_edge, b_edge = node.edges
     ga = gb = None
+    if b_edge is not None:  # generated formulas go by argument name: other before self
+        gb = t.new(grad.numel, promote(grad.dtype, a_dtype))
     if a_edge is not None:
         ga = t.new(grad.numel, promote(grad.dtype, b_dtype))
-    if b_edge is not None:
-        gb = t.new(grad.numel, promote(grad.dtype, a_dtype))
     t.drop_recomputed(node)
     if ga is not None:
         ga = fit_grad(t, ga, a_numel, a_dtype, a_edge)

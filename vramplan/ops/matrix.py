@@ -79,7 +79,8 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     if b_edge is not None:
         gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
     t.flops += 2 * tokens * rows * columns * ((gx is not None) + (gw is not None))
-    gb = leaf_grad(t, rows, grad.dtype, b_edge)
+    t.drop_recomputed(node)
+    gb = leaf_grad(t, rows, grad.dtype, b_edge)  # the engine sums over the tokens
     if gb is not None:
         column_sum(t, tokens, rows)
     for viewed in (gx, gw):  # reshaped, transposed
