@@ -82,7 +82,7 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     outer, t.owner = t.owner, f"{m.name}.attn"
     q = ops.view(t, m.linears["attn.q_proj"](t, x))
     k = ops.view(t, m.linears["attn.k_proj"](t, x))
-    v = ops.view(t, m.linears["attn.v_proj"](t, x))
+    v = ops.view(t, m.linears["attn.v_proj"](t, x), copied=True)
     _positions = t.new(d.max_positions * d.rotary_dim, FP32)
     _repeated = t.new(env.length * d.rotary_dim, INT64)
     sincos = ops.to(t, t.new(env.length * d.rotary_dim, FP32), k.dtype)
@@ -98,8 +98,8 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     k = ops.cat(t, (k_rot, k_pass))
     q = ops.cat(t, (q_rot, q_pass))
     if env.attention == "eager":
-        merged, weights = eager(t, q, k, v, env)
-        out = ops.copy(t, merged)  # _merge_heads
+        out, weights = eager(t, q, k, v, env)
+        out = ops.copy(t, out)  # _merge_heads
     else:
         out, weights = attend(t, q, k, v, env)
     out = m.linears["attn.out_proj"](t, out)

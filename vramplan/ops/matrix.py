@@ -119,6 +119,7 @@ def batched_matmul(
     if t.autocast is not None:
         b = to(t, b, t.autocast)
         a = to(t, a, t.autocast)
+    arguments = a, b  # the caller holds them while matmul works on copies
     if batch > 1:
         if a.numel < numel and not folds[0]:  # queries
             a = copy(t, a)
@@ -132,6 +133,7 @@ def batched_matmul(
         node = t.node((a.node, b.node), _matmul_backward, saved, args)
     out = t.new(numel, a.dtype, node=node)
     t.use("cublas")
+    del arguments
     return out
 
 
