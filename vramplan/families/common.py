@@ -423,6 +423,7 @@ def eager_attention(
     weights = ops.dropout(t, weights, dims.attention_dropout)
     folds = True, _repetition_folds(t, v, dims)
     out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
+    out = ops.view(t, out, copied=env.batch > 1)  # heads last: batch and heads no longer fold
     return ops.copy(t, out), weights
 
 

@@ -99,6 +99,7 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     q = ops.cat(t, (q_rot, q_pass))
     if env.attention == "eager":
         out, weights = eager(t, q, k, v, env)
+        out = ops.view(t, out, copied=env.batch > 1)
         out = ops.copy(t, out)  # _merge_heads
     else:
         out, weights = attend(t, q, k, v, env)
