@@ -76,7 +76,11 @@ def _split_pools(timeline: Timeline) -> tuple[Timeline, Timeline]:
     for section in timeline.sections:
         pools: tuple[list[Event], list[Event]] = ([], [])
         for event in section.events:
-            pools[event.block in small_blocks].append(event)
+            pool = pools[event.block in small_blocks]
+            if pool and event.nbytes > 0 and pool[-1][:2] == (event.block, -event.nbytes):
+                pool.pop()  # a block that got another purpose did not move
+            else:
+                pool.append(event)
         large.append(Section(tuple(pools[0]), section.repeats))
         small.append(Section(tuple(pools[1]), section.repeats))
     return Timeline(tuple(large)), Timeline(tuple(small))

@@ -283,14 +283,19 @@ def attend(
     if env.attention == "eager":
         return eager_attention(t, q, k, v, env, contiguous=not contiguous)
     low_precision = (t.autocast or q.dtype) is not FP32  # all that cuDNN and FlashAttention know
-    fused = env.mask is None and env.capability >= (8, 0) and low_precision
-    if env.attention == "sdpa" and not fused:
-        return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
     dims = env.dims
-    shape = (env.batch, dims.num_heads, dims.num_kv_heads, env.length, dims.head_dim)
     # cuDNN resolves a dropout in sixteenths
     cudnn = picks_cudnn(env) and (dims.attention_dropout * 16).is_integer()
-    out = ops.fused_attention(t, q, k, v, shape, cudnn=cudnn)
+    fused = (env.mask is None or cudnn) and env.capability >= (8, 0) and low_precision
+    if env.attention == "sdpa" and not fused:
+        return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
+    kv_heads = dims.num_kv_heads
+    if env.mask is not None:  # transformers repeats keys and values itself where there is one
+        groups = dims.num_heads // kv_heads
+        k, v = repeat_kv(t, k, groups, heads=kv_heads), repeat_kv(t, v, groups, heads=kv_heads)
+        kv_heads = dims.num_heads
+    shape = (env.batch, dims.num_heads, kv_heads, env.length, dims.head_dim)
+    out = ops.fused_attention(t, q, k, v, shape, cudnn=cudnn, mask=env.mask)
     return (out if contiguous else ops.copy(t, out)), None
 
 
@@ -308,7 +313,7 @@ def picks_cudnn(env: Env) -> bool:
 def _sdpa_without_flash(
     t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env, *, contiguous: bool
 ) -> Tensor:
-    """Sdpa where FlashAttention cannot run: with a mask, in fp32, or before compute capability 8.0.
+    """Sdpa in fp32, before compute capability 8.0, or with a mask where cuDNN is not picked.
 
     The memory-efficient kernel takes over. It knows no grouped queries: with a mask transformers
     repeats keys and values first, without one PyTorch falls back to plain matrix products.

@@ -15,8 +15,9 @@ def fused_attention(
     shape: tuple[int, int, int, int, int],
     *,
     cudnn: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` without a mask: cuDNN's kernel or FlashAttention-2.
+    """``scaled_dot_product_attention``: cuDNN's kernel, or FlashAttention-2 without a mask.
 
     Both keep q, k, v, the output and one fp32 log-sum-exp per row. Backward accumulates dq in fp32
     and, with grouped queries, dk and dv per query head before summing them.
@@ -28,6 +29,7 @@ def fused_attention(
         v: Values.
         shape: (batch, query heads, key heads, sequence, head dimension).
         cudnn: Whether PyTorch picks cuDNN (compute capability 9.0 and above).
+        mask: Boolean, for cuDNN alone; it becomes an additive one at every call and is kept.
 
     Source: torch 2.11 ``aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp``,
     ``cuda/sdp_utils.cpp`` (choice of kernel); cuDNN's workspace from recorded histories.
@@ -37,10 +39,13 @@ def fused_attention(
         k = to(t, k, t.autocast)
         q = to(t, q, t.autocast)
     batch, heads, _kv_heads, length, dim = shape
+    kept: tuple[Tensor, ...] = (q, k, v)
+    if mask is not None:
+        kept += (to(t, mask, q.dtype),)
     edges = (q.node, k.node, v.node)
     node = None
     if edges != (None, None, None):
-        node = t.node(edges, _fused_attention_backward, (q, k, v), (shape, cudnn))
+        node = t.node(edges, _fused_attention_backward, kept, (shape, cudnn))
     out = t.new(q.numel, q.dtype, node=node)
     lse = t.new(batch * heads * length, FP32)
     seed = t.new(1, INT64)

@@ -55,9 +55,11 @@ def scaled_dot_product_attention(
         return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     half = query.dtype in (torch.bfloat16, torch.float16)
     fits = enable_gqa or not grouped
-    if half and attn_mask is None and fits and capability >= (8, 0):
-        cudnn = capability >= (9, 0) and (dropout_p * 16).is_integer()
-        return Fused.apply(query, key, value, books, cudnn)
+    cudnn = capability >= (9, 0) and (dropout_p * 16).is_integer()
+    if half and (attn_mask is None or cudnn) and fits and capability >= (8, 0):
+        if attn_mask is not None and attn_mask.dtype is torch.bool:
+            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+        return Fused.apply(query, key, value, attn_mask, books, cudnn)
     if grouped:
         return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if attn_mask is not None:
@@ -119,14 +121,14 @@ class Fused(torch.autograd.Function):  # type: ignore[misc]
     """FlashAttention-2 or cuDNN."""
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, books: Books, cudnn: bool) -> Any:
+    def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any, books: Books, cudnn: bool) -> Any:
         """Result, log-sum-exp and the dropout's seed and offset."""
         batch, heads, length, _ = q.shape
         out = torch.empty_like(q)
         lse = torch.empty(batch, heads, length, dtype=torch.float32)
         seed = torch.empty(1, dtype=torch.int64)
         offset = torch.empty(1, dtype=torch.int64)
-        ctx.save_for_backward(q, k, v, out, lse, seed, offset)
+        ctx.save_for_backward(q, k, v, mask, out, lse, seed, offset)
         ctx.books, ctx.cudnn = books, cudnn
         return out
 
@@ -147,7 +149,7 @@ class Fused(torch.autograd.Function):  # type: ignore[misc]
             sizes = [rounded * 4, rounded * wide * 4, expanded // 2, expanded // 2]
         with ctx.books.scratch(sizes):
             pass
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _tokens_first(x: Any) -> Any:
