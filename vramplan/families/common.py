@@ -263,6 +263,30 @@ def _repeat_kv_backward(t: Tape, node: Node, grad: Tensor) -> tuple[Tensor]:
     return (t.new(node.args[0], grad.dtype),)
 
 
+def pre_norm_block(
+    t: Tape,
+    m: Layer,
+    x: Tensor,
+    env: Env,
+    *,
+    norm: Callable[[Tape, Norm, Tensor, Env], Tensor],
+    attention: Callable[[Tape, Layer, Tensor, Env], tuple[Tensor, Tensor | None]],
+    mlp: Callable[[Tape, Layer, Tensor, Env], Tensor],
+) -> Tensor:
+    """The decoder layer that most families share: two residuals, each behind its norm.
+
+    Eager attention's weights stay until the layer returns, as in transformers' ``forward``.
+    """
+    residual = x
+    h = norm(t, m.norms["input_layernorm"], x, env)
+    h, _weights = attention(t, m, h, env)
+    h = ops.add(t, residual, h)
+    residual = h
+    h = norm(t, m.norms["post_attention_layernorm"], h, env)
+    h = mlp(t, m, h, env)
+    return ops.add(t, residual, h)
+
+
 def attend(
     t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env, *, contiguous: bool = True
 ) -> tuple[Tensor, Tensor | None]:

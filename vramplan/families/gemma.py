@@ -10,7 +10,7 @@ from dataclasses import replace
 from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama
-from vramplan.families.common import Env, Family, rotary_prepare
+from vramplan.families.common import Env, Family, pre_norm_block, rotary_prepare
 from vramplan.formats import FP32
 from vramplan.layers import Embedding, Layer, Norm
 from vramplan.model import Architecture, Dims
@@ -85,14 +85,7 @@ def _normalise(t: Tape, x: Tensor, groups: int) -> Tensor:
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """GemmaDecoderLayer.forward."""
-    residual = x
-    h = rms_norm(t, m.norms["input_layernorm"], x, env)
-    h, _weights = llama.attention(t, m, h, env)
-    h = ops.add(t, residual, h)
-    residual = h
-    h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)
-    h = llama.mlp(t, m, h, env)
-    return ops.add(t, residual, h)
+    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=llama.attention, mlp=llama.mlp)
 
 
 FAMILY = Family(

@@ -12,6 +12,7 @@ from vramplan.families.common import (
     Family,
     activate,
     attend,
+    pre_norm_block,
     rms_norm,
     rotary_prepare,
     rotate_both,
@@ -107,14 +108,7 @@ def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """LlamaDecoderLayer.forward."""
-    residual = x
-    h = rms_norm(t, m.norms["input_layernorm"], x, env)
-    h, _weights = attention(t, m, h, env)
-    h = ops.add(t, residual, h)
-    residual = h
-    h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)
-    h = mlp(t, m, h, env)
-    return ops.add(t, residual, h)
+    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=attention, mlp=mlp)
 
 
 FAMILY = Family(

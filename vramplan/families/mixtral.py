@@ -10,7 +10,7 @@ from dataclasses import replace
 from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama, mistral
-from vramplan.families.common import Env, rms_norm
+from vramplan.families.common import Env, pre_norm_block, rms_norm
 from vramplan.families.experts import Routing, expert_specs, experts, read_experts, router_logits
 from vramplan.formats import FP32
 from vramplan.layers import Layer
@@ -78,14 +78,7 @@ def sparse_mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """MixtralDecoderLayer.forward."""
-    residual = x
-    h = rms_norm(t, m.norms["input_layernorm"], x, env)
-    h, _weights = llama.attention(t, m, h, env)
-    h = ops.add(t, residual, h)
-    residual = h
-    h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)
-    h = sparse_mlp(t, m, h, env)
-    return ops.add(t, residual, h)
+    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=llama.attention, mlp=sparse_mlp)
 
 
 FAMILY = replace(

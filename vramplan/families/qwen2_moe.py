@@ -10,7 +10,15 @@ from dataclasses import replace
 from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama, qwen2
-from vramplan.families.common import Env, Shared, activate, cos_sin, make_mask, rms_norm
+from vramplan.families.common import (
+    Env,
+    Shared,
+    activate,
+    cos_sin,
+    make_mask,
+    pre_norm_block,
+    rms_norm,
+)
 from vramplan.families.experts import (
     Routing,
     expert_specs,
@@ -121,14 +129,8 @@ def sparse_mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """Qwen2MoeDecoderLayer.forward."""
-    residual = x
-    h = rms_norm(t, m.norms["input_layernorm"], x, env)
-    h, _weights = llama.attention(t, m, h, env)
-    h = ops.add(t, residual, h)
-    residual = h
-    h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)
-    h = llama.mlp(t, m, h, env) if m.kind == "dense" else sparse_mlp(t, m, h, env)
-    return ops.add(t, residual, h)
+    mlp = llama.mlp if m.kind == "dense" else sparse_mlp
+    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=llama.attention, mlp=mlp)
 
 
 FAMILY = replace(

@@ -10,7 +10,7 @@ from dataclasses import replace
 from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama, qwen2
-from vramplan.families.common import Env, attend, rms_norm, rotate_both, split_heads
+from vramplan.families.common import Env, attend, pre_norm_block, rms_norm, rotate_both, split_heads
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, NormSpec
 from vramplan.tape import Tape, Tensor
@@ -50,14 +50,7 @@ def _normed(t: Tape, m: Layer, name: str, x: Tensor, env: Env) -> Tensor:
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """Qwen3DecoderLayer.forward."""
-    residual = x
-    h = rms_norm(t, m.norms["input_layernorm"], x, env)
-    h, _weights = attention(t, m, h, env)
-    h = ops.add(t, residual, h)
-    residual = h
-    h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)
-    h = llama.mlp(t, m, h, env)
-    return ops.add(t, residual, h)
+    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=attention, mlp=llama.mlp)
 
 
 FAMILY = replace(

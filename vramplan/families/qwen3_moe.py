@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama, qwen3
-from vramplan.families.common import Env, rms_norm
+from vramplan.families.common import Env, pre_norm_block, rms_norm
 from vramplan.families.experts import expert_specs, experts, read_experts, sparse_kinds
 from vramplan.families.mixtral import attention_specs
 from vramplan.families.qwen2_moe import router
@@ -83,14 +82,8 @@ def sparse_mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """Qwen3MoeDecoderLayer.forward."""
-    residual = x
-    h = rms_norm(t, m.norms["input_layernorm"], x, env)
-    h, _weights = qwen3.attention(t, m, h, env)
-    h = ops.add(t, residual, h)
-    residual = h
-    h = rms_norm(t, m.norms["post_attention_layernorm"], h, env)
-    h = llama.mlp(t, m, h, env) if m.kind == "dense" else sparse_mlp(t, m, h, env)
-    return ops.add(t, residual, h)
+    mlp = llama.mlp if m.kind == "dense" else sparse_mlp
+    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=qwen3.attention, mlp=mlp)
 
 
 FAMILY = replace(

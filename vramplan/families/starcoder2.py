@@ -13,6 +13,7 @@ from vramplan.families.common import (
     activate,
     attend,
     layer_norm,
+    pre_norm_block,
     rotary_prepare,
     rotate_both,
     split_heads,
@@ -105,14 +106,7 @@ def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """Starcoder2DecoderLayer.forward."""
-    residual = x
-    h = layer_norm(t, m.norms["input_layernorm"], x, env)
-    h, _weights = attention(t, m, h, env)
-    h = ops.add(t, residual, h)
-    residual = h
-    h = layer_norm(t, m.norms["post_attention_layernorm"], h, env)
-    h = mlp(t, m, h, env)
-    return ops.add(t, residual, h)
+    return pre_norm_block(t, m, x, env, norm=layer_norm, attention=attention, mlp=mlp)
 
 
 FAMILY = Family(
