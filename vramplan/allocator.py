@@ -4,27 +4,34 @@ The tape says which blocks live when. The allocator decides what that costs: it 
 for reuse in two pools, asks the driver for segments of 2 MiB, 20 MiB or more, splits them, merges
 free neighbours, and gives whole free segments back only when the driver refuses. The replay does
 the same with the same rules, so reserved memory and the smallest working limit are results.
+``vramplan.expandable`` has the rules under ``expandable_segments:True``.
 
 Source: torch 2.11 ``c10/cuda/CUDACachingAllocator.cpp`` (``malloc``, ``get_free_block``,
-``alloc_block``, ``should_split``, ``release_cached_blocks``), ``c10/core/AllocatorConfig.h``.
+``alloc_block``, ``should_split``, ``garbage_collect_cached_blocks``,
+``release_available_cached_blocks``, ``release_cached_blocks``), ``c10/core/AllocatorConfig.h``.
 
 Known limitations:
-    One stream; default settings (no expandable segments, no split limit). Among free blocks of one
-    size PyTorch takes the lowest address, so the driver's choice of addresses matters. It is taken
-    to go downwards, and to fill the lowest hole that is large enough first: of the orders tried the
-    one that explains recorded runs, with and without a limit (driver 580, H100).
+    One stream. Among free blocks of one size PyTorch takes the lowest address, so the driver's
+    choice of addresses matters. It is taken to go downwards, and to fill the lowest hole that is
+    large enough first: of the orders tried the one that explains recorded runs, with and without a
+    limit (driver 580, H100).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-SMALL_SIZE = 1024**2  # largest request of the small pool
+from vramplan.alloc_conf import (
+    DEFAULT_SETTINGS,
+    MIN_LARGE_ALLOC,
+    NO_LIMIT,
+    SMALL_SIZE,
+    AllocatorSettings,
+)
+from vramplan.units import BLOCK_BYTES
+
 SMALL_BUFFER = 2 * 1024**2
-LARGE_BUFFER = 20 * 1024**2
-MIN_LARGE_ALLOC = 10 * 1024**2
 ROUND_LARGE = 2 * 1024**2
-MIN_BLOCK = 512
 ADDRESS_BITS = 50
 ADDRESS_MASK = (1 << ADDRESS_BITS) - 1
 TOP_ADDRESS = 1 << (ADDRESS_BITS - 1)
@@ -35,15 +42,21 @@ class OutOfMemory(Exception):
 
 
 class Block:
-    """A piece of a segment; ``prev`` and ``next`` are its neighbours in it."""
+    """A piece of a segment; ``prev`` and ``next`` are its neighbours in it.
 
-    __slots__ = ("address", "free", "next", "prev", "size", "small")
+    ``since`` is the pool's clock when it became free, for garbage collection. ``mapped`` is False
+    for address space of an expandable segment with no memory behind it.
+    """
+
+    __slots__ = ("address", "free", "mapped", "next", "prev", "since", "size", "small")
 
     def __init__(self, address: int, size: int, small: bool) -> None:
         self.address = address
         self.size = size
         self.small = small
         self.free = False
+        self.mapped = True
+        self.since = 0
         self.prev: Block | None = None
         self.next: Block | None = None
 
@@ -53,16 +66,25 @@ class CachingAllocator:
 
     Args:
         limit: Most bytes it may reserve (``set_per_process_memory_fraction``); None for no limit.
+        settings: What ``PYTORCH_ALLOC_CONF`` says.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(
+        self, limit: int | None = None, settings: AllocatorSettings = DEFAULT_SETTINGS
+    ) -> None:
         self.limit = limit
+        self.settings = settings
         self.reserved = 0
         self.peak_reserved = 0
         self.allocated = 0
         self.peak_allocated = 0
         self.ready_slack = 0  # bytes of unsplit blocks when training begins, for the replay
         self.retries = 0
+        self._max_split = settings.max_split_bytes
+        # requests for large blocks below the first leave a rest of the second or more (should_split)
+        self._splits_below, self._least_rest = settings.max_split_bytes, SMALL_SIZE + 1
+        self._collects = limit is not None and settings.garbage_collection_threshold > 0
+        self._clock = 0  # requests to the large pool so far (get_free_blocks_call_count)
         self._bottom = TOP_ADDRESS
         self._holes: list[list[int]] = []  # [first address, end] of released segments, rising
         # free blocks sorted by size, then address, both in one number: small pool, large pool
@@ -70,40 +92,86 @@ class CachingAllocator:
         self._blocks: dict[int, Block] = {}
 
     def malloc(self, nbytes: int) -> Block:
-        """Serve a request of ``nbytes`` (already rounded to 512).
+        """Serve a request.
+
+        Args:
+            nbytes: Bytes, already rounded (``AllocatorSettings.round_size``).
+
+        Returns:
+            The block, larger than the request where the rest was not split off.
 
         Raises:
             OutOfMemory: If the limit is reached although all free segments were given back.
         """
         small = nbytes <= SMALL_SIZE
-        pool = self._free[not small]
-        index = bisect_left(pool, nbytes << ADDRESS_BITS)
-        if index < len(pool):
-            block = self._blocks.pop(pool.pop(index) & ADDRESS_MASK)
-            block.free = False
-        else:
-            block = self._segment(nbytes, small)
+        if self._collects and not small:
+            self._clock += 1
+        block = self._find(nbytes, small) or self._take(nbytes, small)
         remaining = block.size - nbytes
-        if remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE:
+        if (
+            remaining >= BLOCK_BYTES
+            if small
+            else remaining >= self._least_rest and nbytes < self._splits_below
+        ):
             self._split(block, nbytes)
         self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
         return block
 
-    def _segment(self, nbytes: int, small: bool) -> Block:
+    def _find(self, nbytes: int, small: bool) -> Block | None:
+        """The smallest free block that serves, out of its pool (get_free_block).
+
+        Blocks of ``max_split_size`` serve only requests of that size, and not much smaller ones.
+        """
+        pool = self._free[not small]
+        index = bisect_left(pool, nbytes << ADDRESS_BITS)
+        if index == len(pool):
+            return None
+        if self._max_split != NO_LIMIT and pool[index] >> ADDRESS_BITS >= self._ceiling(nbytes):
+            return None
+        block = self._blocks.pop(pool.pop(index) & ADDRESS_MASK)
+        block.free = False
+        return block
+
+    def _ceiling(self, nbytes: int) -> int:
+        """Size from which on a free block is too large for a request."""
+        if nbytes < self._max_split:
+            return self._max_split
+        return nbytes + self.settings.max_non_split_rounding_bytes
+
+    # -- memory from the driver ----------------------------------------------------------------
+
+    def _take(self, nbytes: int, small: bool) -> Block:
+        """Memory from the driver; what is free is given back when the limit stands in the way."""
         if small:
             size = SMALL_BUFFER
         elif nbytes < MIN_LARGE_ALLOC:
-            size = LARGE_BUFFER
+            size = self.settings.large_segment_bytes
         else:
             size = -(-nbytes // ROUND_LARGE) * ROUND_LARGE
-        if self.limit is not None and self.reserved + size > self.limit:
-            self.retries += 1
-            self.empty_cache()
+        if self.limit is not None:
+            if self._collects:
+                self._collect_garbage()
             if self.reserved + size > self.limit:
-                raise OutOfMemory
+                self._make_room(size, nbytes, small)
+        return self._grow(size, nbytes, small)
+
+    def _make_room(self, size: int, nbytes: int, small: bool) -> None:
+        """What malloc does when there is no room for ``size`` more bytes."""
+        assert self.limit is not None
+        if self._release_oversize(nbytes, small) and self.reserved + size <= self.limit:
+            return
+        self.empty_cache()
+        self.retries += 1
+        if self.reserved + size > self.limit:
+            raise OutOfMemory
+
+    def _grow(self, size: int, _nbytes: int, small: bool) -> Block:
+        """A new segment."""
         self.reserved += size
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        if self.reserved > self.peak_reserved:
+            self.peak_reserved = self.reserved
         return Block(self._place(size), size, small)
 
     def _place(self, size: int) -> int:
@@ -130,6 +198,71 @@ class CachingAllocator:
             start = self._holes.pop(index)[0]
         self._holes.insert(index, [start, end])
 
+    def _release_free(self, block: Block) -> None:
+        self._drop_free(block)
+        self._release(block)
+
+    def _unsplit(self, pool: list[int]) -> list[Block]:
+        """Free blocks that are whole segments, smallest first."""
+        blocks = [self._blocks[key & ADDRESS_MASK] for key in pool]
+        return [block for block in blocks if block.prev is None and block.next is None]
+
+    def empty_cache(self) -> None:
+        """Give back every segment that is free as a whole (release_cached_blocks)."""
+        for pool in reversed(self._free):
+            for block in self._unsplit(pool):
+                self._release_free(block)
+
+    def _release_oversize(self, nbytes: int, small: bool) -> bool:
+        """Give back what serves the request alone, else the largest blocks until they sum up to it.
+
+        Only blocks that are never split (release_available_cached_blocks).
+
+        Returns:
+            Whether as much was given back as is asked for.
+        """
+        if self._max_split == NO_LIMIT:
+            return False
+        wanted = max(nbytes, self._max_split)
+        pool = self._free[not small]
+        index = bisect_left(pool, wanted << ADDRESS_BITS)
+        if index < len(pool):
+            self._release_free(self._blocks[pool[index] & ADDRESS_MASK])
+            return True
+        released = 0
+        while released < wanted and pool and pool[-1] >> ADDRESS_BITS >= self._max_split:
+            block = self._blocks[pool[-1] & ADDRESS_MASK]
+            released += block.size
+            self._release_free(block)
+        return released >= wanted
+
+    def _collect_garbage(self) -> None:
+        """Give back free segments of more than average age until enough is reclaimed.
+
+        Age counts requests to the large pool since a block became free
+        (garbage_collect_cached_blocks).
+        """
+        assert self.limit is not None
+        threshold = int(self.settings.garbage_collection_threshold * self.limit)
+        target = self.reserved - threshold
+        blocks = self._unsplit(self._free[1]) if target > 0 else []
+        total_age = sum(self._clock - block.since for block in blocks)
+        reclaimed, freed = 0, True
+        while reclaimed < target and freed and blocks:
+            oldest = total_age / len(blocks)
+            kept = []
+            for block in blocks:
+                age = self._clock - block.since
+                if age >= oldest:
+                    reclaimed += block.size
+                    total_age -= age
+                    self._release_free(block)
+                else:
+                    kept.append(block)
+            freed, blocks = len(kept) < len(blocks), kept
+
+    # -- blocks within a segment ---------------------------------------------------------------
+
     def _split(self, block: Block, nbytes: int) -> None:
         rest = Block(block.address + nbytes, block.size - nbytes, block.small)
         rest.prev, rest.next = block, block.next
@@ -141,6 +274,7 @@ class CachingAllocator:
 
     def _add_free(self, block: Block) -> None:
         block.free = True
+        block.since = self._clock
         self._blocks[block.address] = block
         insort(self._free[not block.small], block.size << ADDRESS_BITS | block.address)
 
@@ -152,6 +286,10 @@ class CachingAllocator:
     def free(self, block: Block) -> None:
         """Take a block back and merge it with free neighbours."""
         self.allocated -= block.size
+        self._put_back(block)
+
+    def _put_back(self, block: Block) -> Block:
+        """Merge a block with free neighbours into one free block."""
         before, after = block.prev, block.next
         if before is not None and before.free:
             self._drop_free(before)
@@ -167,16 +305,4 @@ class CachingAllocator:
             if after.next is not None:
                 after.next.prev = block
         self._add_free(block)
-
-    def empty_cache(self) -> None:
-        """Give back every segment that is free as a whole."""
-        for pool in self._free:
-            kept = []
-            for key in pool:
-                block = self._blocks[key & ADDRESS_MASK]
-                if block.prev is None and block.next is None:
-                    self._release(block)
-                    del self._blocks[block.address]
-                else:
-                    kept.append(key)
-            pool[:] = kept
+        return block

@@ -139,7 +139,8 @@ class Step:
         self.job = job
         self.family = find_family(model.family)
         self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
-        self.tape = Tape(job.autocast_dtype)
+        settings = job.allocator_settings
+        self.tape = Tape(job.autocast_dtype, settings.round_size if settings.rounds_up else None)
         self.tape.kind = Kind.WEIGHTS
         self.built = Built(self.tape, model, job, self.runs)
         self.env = Env(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from vramplan.alloc_conf import AllocatorSettings, parse_alloc_conf
 from vramplan.errors import UnknownNameError, UsageError
 from vramplan.formats import BF16, DTYPES, FP16, FP32, QUANT_FORMATS, Dtype, find_dtype
 from vramplan.optimizers import Optimizer, find_optimizer
@@ -44,6 +45,7 @@ class Job:
         quant_type: Format of quantised weights (qlora only).
         double_quant: Whether the scales are quantised too.
         prepare_kbit: Whether ``prepare_model_for_kbit_training`` is called.
+        alloc_conf: PYTORCH_ALLOC_CONF of the process; empty for PyTorch's defaults.
         num_gpus: GPUs of the run.
         sharding: How state is spread over them.
     """
@@ -64,6 +66,7 @@ class Job:
     quant_type: str = "nf4"
     double_quant: bool = True
     prepare_kbit: bool = True
+    alloc_conf: str = ""
     num_gpus: int = 1
     sharding: str = "none"
 
@@ -89,6 +92,7 @@ class Job:
         if self.method == "full" and self.modules_to_save:
             raise UsageError("--modules-to-save belongs to lora and qlora; full trains everything")
         find_optimizer(self.optimizer_name)
+        parse_alloc_conf(self.alloc_conf)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
@@ -116,6 +120,11 @@ class Job:
     def optimizer(self) -> Optimizer:
         """The optimizer's row in the table."""
         return find_optimizer(self.optimizer_name)
+
+    @property
+    def allocator_settings(self) -> AllocatorSettings:
+        """What ``alloc_conf`` says."""
+        return parse_alloc_conf(self.alloc_conf)
 
     @property
     def tokens(self) -> int:

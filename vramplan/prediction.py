@@ -176,7 +176,7 @@ def predict(
     )
     cache: ReplayedCache | SimilarCache
     if like is None:
-        cache = ReplayedCache(Replay(walked.timeline), walked)
+        cache = ReplayedCache(Replay(walked.timeline, job.allocator_settings), walked)
     else:
         cache = SimilarCache(like, walked)
     return Prediction(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vramplan.allocator import SMALL_BUFFER, SMALL_SIZE, Block, CachingAllocator, OutOfMemory
+from vramplan.alloc_conf import DEFAULT_SETTINGS, SMALL_SIZE, AllocatorSettings
+from vramplan.allocator import SMALL_BUFFER, Block, CachingAllocator, OutOfMemory
+from vramplan.expandable import allocator_for
 from vramplan.timeline import BEFORE_TRAINING, Event, Kind, Phase, Section, Timeline, handed_on
 
 Request = tuple[int, int]  # (block identity, bytes); negative bytes release it
@@ -16,13 +18,18 @@ LIMIT_RESOLUTION = 32 * 1024**2
 class Replay:
     """A run's requests, ready to be served with and without a limit.
 
+    Args:
+        timeline: The run.
+        settings: The allocator's settings; the timeline's sizes are already rounded under them.
+
     The large pool is replayed block by block. The small pool (requests up to 1 MiB) holds adapters,
     statistics and other long-lived things in 2 MiB segments and is taken as full ones. Two steps
     are replayed: workspaces and optimizer state, allocated during the first, shape what the second
     one finds.
     """
 
-    def __init__(self, timeline: Timeline) -> None:
+    def __init__(self, timeline: Timeline, settings: AllocatorSettings = DEFAULT_SETTINGS) -> None:
+        self.settings = settings
         large, small = _split_pools(timeline)
         self.small_bytes = -(-_peak(small) // SMALL_BUFFER) * SMALL_BUFFER
         self.live_bytes = _peak(large)
@@ -32,7 +39,7 @@ class Replay:
     def roomy(self) -> CachingAllocator:
         """The allocator after the run on a card with room."""
         if self._roomy is None:
-            self._roomy = replay(self.requests)
+            self._roomy = replay(self.requests, settings=self.settings)
         return self._roomy
 
     def reserved_bytes(self) -> int:
@@ -50,7 +57,7 @@ class Replay:
     def runs_within(self, limit: int) -> bool:
         """Whether the run succeeds when the allocator may reserve ``limit`` bytes."""
         try:
-            replay(self.requests, limit - self.small_bytes)
+            replay(self.requests, limit - self.small_bytes, self.settings)
         except OutOfMemory:
             return False
         return True
@@ -178,13 +185,17 @@ def unroll(timeline: Timeline) -> list[Request]:
     return requests
 
 
-def replay(requests: Iterable[Request], limit: int | None = None) -> CachingAllocator:
+def replay(
+    requests: Iterable[Request],
+    limit: int | None = None,
+    settings: AllocatorSettings = DEFAULT_SETTINGS,
+) -> CachingAllocator:
     """Run requests through a fresh allocator.
 
     Raises:
         OutOfMemory: If ``limit`` does not hold them.
     """
-    allocator = CachingAllocator(limit)
+    allocator = allocator_for(settings, limit)
     live: dict[int, Block] = {}
     asked = 0
     malloc, free = allocator.malloc, allocator.free

@@ -40,6 +40,8 @@ class Storage:
     __slots__ = ("block", "copies", "kind", "nbytes", "owner", "tape")
 
     def __init__(self, tape: Tape, nbytes: int, kind: Kind, owner: str, copies: int = 1) -> None:
+        if tape.round_size is not None and nbytes:
+            nbytes = tape.round_size(nbytes)
         self.tape = tape
         self.nbytes = nbytes
         self.kind = kind
@@ -181,10 +183,17 @@ class Tape:
 
     Args:
         autocast: Low-precision dtype of the autocast context, None when there is none.
+        round_size: What the allocator makes of a size that is rounded to 512 bytes, None when it
+            leaves it as it is.
     """
 
-    def __init__(self, autocast: Dtype | None = None) -> None:
+    def __init__(
+        self,
+        autocast: Dtype | None = None,
+        round_size: Callable[[int], int] | None = None,
+    ) -> None:
         self.autocast = autocast
+        self.round_size = round_size
         self.low_precision = autocast
         self.phase = Phase.LOAD
         self.owner = ""
