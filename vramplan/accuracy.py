@@ -14,7 +14,7 @@ from typing import NamedTuple
 from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UnknownNameError
 from vramplan.gpus import Gpu, find_gpu
-from vramplan.job import Job
+from vramplan.job import recorded_job
 from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.report.page import Page, Table
@@ -59,7 +59,7 @@ def predicted(record: Record) -> Prediction:
         except UnknownNameError:
             gpu = None
     model = model_from_config(record.config, record.model)
-    return predict(model, Job.from_dict(record.job), gpu)
+    return predict(model, recorded_job(record), gpu)
 
 
 def figures(record: Record, prediction: Prediction) -> tuple[Figure, ...]:

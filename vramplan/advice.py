@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vramplan.errors import UsageError
 from vramplan.job import Job
 from vramplan.model import Model
-from vramplan.prediction import Prediction, Verdict, judge, predict
+from vramplan.prediction import Prediction, Verdict, expandable, judge, predict
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
@@ -19,6 +19,8 @@ SEQ_STEP = 64
 MAX_BATCH = 1024
 MAX_RANK = 1024
 MAX_CHANGES = 3
+NOTICEABLE = 0.01
+VERDICTS = ("no", "tight", "fits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +80,37 @@ class Adviser:
         self.gpu = gpu
         own = judge(headline, name, usable_bytes)
         self._known: dict[Job, tuple[Prediction, Verdict]] = {job: (headline, own)}
+        self._expandable: Prediction | None = None
 
     def try_job(self, job: Job) -> tuple[Prediction, Verdict]:
-        """Prediction and verdict of a variant."""
+        """Prediction and verdict of a variant.
+
+        Its share of cached memory is the headline's; with other segments, that of the headline
+        replayed with them.
+        """
         if job not in self._known:
-            prediction = predict(self.model, job, self.gpu, like=self.headline)
+            like = self.headline
+            if job.alloc_conf != self.job.alloc_conf:
+                like = self.expandable()
+            prediction = like
+            if job != like.job:
+                prediction = predict(self.model, job, self.gpu, like=like)
             self._known[job] = prediction, judge(prediction, self.name, self.usable_bytes)
         return self._known[job]
+
+    def expandable(self) -> Prediction:
+        """The job itself with expandable segments."""
+        if self._expandable is None:
+            self._expandable = expandable(self.headline)
+        return self._expandable
+
+    def _may_gain_from_segments(self) -> bool:
+        """Whether expandable segments could save anything: at most what lies idle at the peak."""
+        if self.job.allocator_settings.expandable_segments:
+            return False
+        idle = self.headline.peak_reserved_bytes - self.headline.peak_allocated_bytes
+        fits = self._known[self.job][1].verdict == VERDICTS[-1]
+        return not fits or idle > NOTICEABLE * self.headline.device_peak_bytes
 
     # -- what there is room for ----------------------------------------------------------------
 
@@ -136,7 +162,7 @@ class Adviser:
         found = []
         for switch in self._candidates():
             tried = self._try(switch)
-            if tried is not None:
+            if tried is not None and self._matters(switch, *tried):
                 prediction, verdict = tried
                 found.append(
                     Advice(
@@ -161,6 +187,13 @@ class Adviser:
     def _candidates(self) -> Iterator[Switch]:
         """Switches that change this job, the gentlest first."""
         job = self.job
+        if self._may_gain_from_segments():
+            conf = self.expandable().job.alloc_conf
+            yield Switch(
+                f"--alloc-conf {conf}",
+                "segments that grow, less left over",
+                (("alloc_conf", conf),),
+            )
         if not job.gradient_checkpointing:
             yield Switch(
                 "--gradient-checkpointing",
@@ -214,6 +247,15 @@ class Adviser:
                 (("gradient_checkpointing", False),),
             )
 
+    def _matters(self, switch: Switch, prediction: Prediction, verdict: Verdict) -> bool:
+        """Whether a switch is worth a line: the allocator's settings only where they help."""
+        if switch.fields[0][0] != "alloc_conf":
+            return True
+        own = self._known[self.job][1]
+        saved = self.headline.device_peak_bytes - prediction.device_peak_bytes
+        better = VERDICTS.index(verdict.verdict) > VERDICTS.index(own.verdict)
+        return better or saved > NOTICEABLE * self.headline.device_peak_bytes
+
     # -- what makes it fit -----------------------------------------------------------------------
 
     def fixes(self) -> list[Advice]:
@@ -223,6 +265,7 @@ class Adviser:
             for switch in self._candidates()
             if (tried := self._try(switch)) is not None
             and tried[0].device_peak_bytes < self.headline.device_peak_bytes
+            and self._matters(switch, *tried)
         ]
         for count in range(1, MAX_CHANGES + 1):
             found = []

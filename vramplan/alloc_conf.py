@@ -77,13 +77,14 @@ class AllocatorSettings:
             nbytes: Bytes asked for.
 
         Returns:
-            Bytes, a multiple of 512. A request already rounded to 512 bytes gives the same.
+            Bytes, a multiple of 512; none for none. A request already rounded to 512 bytes gives
+            the same.
 
         Source: torch 2.11 ``CUDACachingAllocator.cpp`` (``round_size``,
         ``roundup_power2_next_division``).
         """
         if nbytes <= BLOCK_BYTES:
-            return BLOCK_BYTES
+            return BLOCK_BYTES if nbytes else 0
         log_size = nbytes.bit_length() - 1
         divisions = self.roundup_power2_divisions[min(max(log_size - 20, 0), INTERVALS - 1)]
         if divisions > 1 and nbytes > BLOCK_BYTES * divisions:

@@ -81,7 +81,7 @@ class CachingAllocator:
         self.ready_slack = 0  # bytes of unsplit blocks when training begins, for the replay
         self.retries = 0
         self._max_split = settings.max_split_bytes
-        # requests for large blocks below the first leave a rest of the second or more (should_split)
+        # large requests below the first are split where at least the second is left (should_split)
         self._splits_below, self._least_rest = settings.max_split_bytes, SMALL_SIZE + 1
         self._collects = limit is not None and settings.garbage_collection_threshold > 0
         self._clock = 0  # requests to the large pool so far (get_free_blocks_call_count)
@@ -115,8 +115,7 @@ class CachingAllocator:
         ):
             self._split(block, nbytes)
         self.allocated += block.size
-        if self.allocated > self.peak_allocated:
-            self.peak_allocated = self.allocated
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
 
     def _find(self, nbytes: int, small: bool) -> Block | None:
@@ -170,8 +169,7 @@ class CachingAllocator:
     def _grow(self, size: int, _nbytes: int, small: bool) -> Block:
         """A new segment."""
         self.reserved += size
-        if self.reserved > self.peak_reserved:
-            self.peak_reserved = self.reserved
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
         return Block(self._place(size), size, small)
 
     def _place(self, size: int) -> int:
@@ -286,10 +284,6 @@ class CachingAllocator:
     def free(self, block: Block) -> None:
         """Take a block back and merge it with free neighbours."""
         self.allocated -= block.size
-        self._put_back(block)
-
-    def _put_back(self, block: Block) -> Block:
-        """Merge a block with free neighbours into one free block."""
         before, after = block.prev, block.next
         if before is not None and before.free:
             self._drop_free(before)
@@ -305,4 +299,3 @@ class CachingAllocator:
             if after.next is not None:
                 after.next.prev = block
         self._add_free(block)
-        return block

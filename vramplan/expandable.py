@@ -1,9 +1,10 @@
 """The caching allocator under ``expandable_segments:True``: one segment a pool, which grows.
 
-A segment reserves addresses for more than the card has and maps memory behind them page by page, 2
-MiB in the small pool and 20 MiB (``large_segment_size_mb``) in the large one. A request that no free
-block serves extends the free end of the segment, so nothing is left over between segments; every
-block is split to the byte, and pages that are free as a whole can be given back wherever they are.
+A segment reserves addresses for more than the card has and maps memory behind them page by page,
+2 MiB in the small pool and 20 MiB (``large_segment_size_mb``) in the large one. A request that no
+free block serves extends the free end of the segment, so nothing is left over between segments;
+blocks are split down to 512 bytes, and pages that are free as a whole can be given back wherever
+they are.
 
 Source: torch 2.11 ``c10/cuda/CUDACachingAllocator.cpp`` (``find_expandable_block``, ``map_block``,
 ``try_allocate_expandable_block``, ``unmap_block``, ``get_free_block``, ``should_split``).
@@ -63,14 +64,16 @@ class ExpandableAllocator(CachingAllocator):
         if index == len(pool):
             return None
         block = self._blocks[pool[index] & ADDRESS_MASK]
-        while index + 1 < len(pool):
-            following = self._blocks[pool[index + 1] & ADDRESS_MASK]
-            if _room(following) >= _room(block):
-                break
-            block, index = following, index + 1
-        if block.size >= self._ceiling(nbytes):
+        if block.next is not None and not block.next.mapped:
+            room = block.size + block.next.size
+            while index + 1 < len(pool):
+                following = self._blocks[pool[index + 1] & ADDRESS_MASK]
+                if _room(following) >= room:
+                    break
+                block, index, room = following, index + 1, _room(following)
+        if self._max_split != NO_LIMIT and block.size >= self._ceiling(nbytes):
             return None
-        self._drop_free(block)
+        del pool[index], self._blocks[block.address]
         block.free = False
         return block
 
@@ -83,11 +86,11 @@ class ExpandableAllocator(CachingAllocator):
         """Map memory at the lowest address where the request has room (try_allocate_...)."""
         block = self._lowest(nbytes, small)
         if not block.mapped:
-            block = self._map(block, min(block.size, nbytes))
+            self._map(block, min(block.size, nbytes))
         while block.size < nbytes:
             after = block.next
             assert after is not None
-            block = self._map(after, min(nbytes - block.size, after.size))
+            self._map(after, min(nbytes - block.size, after.size))
         self._drop_free(block)
         block.free = False
         return block
@@ -107,11 +110,10 @@ class ExpandableAllocator(CachingAllocator):
                 return first
         raise AssertionError("the address space is larger than any card")
 
-    def _map(self, block: Block, nbytes: int) -> Block:
+    def _map(self, block: Block, nbytes: int) -> None:
         """Put memory behind whole pages from the block's beginning on.
 
-        Returns:
-            The free block that they are part of now.
+        They become part of the free block before them, if there is one.
         """
         page = self._pages[not block.small]
         size = -(-nbytes // page) * page
@@ -123,9 +125,9 @@ class ExpandableAllocator(CachingAllocator):
             self._add_unmapped(rest)
         block.mapped = True
         self.reserved += size
-        if self.reserved > self.peak_reserved:
-            self.peak_reserved = self.reserved
-        return self._put_back(block)
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        self.allocated += size  # free takes it off again
+        self.free(block)
 
     def empty_cache(self) -> None:
         """Give back every page that is free as a whole (release_cached_blocks)."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.alloc_conf import AllocatorSettings, parse_alloc_conf
 from vramplan.errors import UnknownNameError, UsageError
 from vramplan.formats import BF16, DTYPES, FP16, FP32, QUANT_FORMATS, Dtype, find_dtype
 from vramplan.optimizers import Optimizer, find_optimizer
+
+if TYPE_CHECKING:
+    from vramplan.record import Record
 
 METHODS = ("full", "lora", "qlora")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
@@ -164,6 +167,19 @@ class Job:
     def but(self, **changes: Any) -> Job:
         """The same job with some fields changed."""
         return replace(self, **changes)
+
+
+def recorded_job(record: Record) -> Job:
+    """The job of a record, under the allocator settings that were in force in its run.
+
+    Args:
+        record: The record; those made before there was ``alloc_conf`` have none in their job.
+
+    Raises:
+        UsageError: If a setting or a field is one that this version cannot plan with.
+    """
+    job = Job.from_dict(record.job)
+    return job.but(alloc_conf=record.allocator_settings) if record.allocator_settings else job
 
 
 def _short_name(dtype: str) -> str:

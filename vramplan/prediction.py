@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Smallest limits that were really found lie at most so far above the replayed ones
 # (reports/accuracy.md); a verdict keeps this distance.
 LIMIT_MARGIN = 0.01
+EXPANDABLE = "expandable_segments:True"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,19 @@ def predict(
         download_bytes=model.num_parameters * model.dims.dtype.size,
         adapter_bytes=_saved_bytes(model, job, walked),
     )
+
+
+def expandable(prediction: Prediction) -> Prediction:
+    """The prediction of the same job with ``expandable_segments:True``, replayed.
+
+    Args:
+        prediction: One that was replayed itself.
+    """
+    assert isinstance(prediction.cache, ReplayedCache)
+    conf = prediction.job.alloc_conf
+    job = prediction.job.but(alloc_conf=f"{conf},{EXPANDABLE}" if conf else EXPANDABLE)
+    replayed = prediction.cache.replayed.under(job.allocator_settings)
+    return replace(prediction, job=job, cache=ReplayedCache(replayed, prediction.estimate))
 
 
 class ReplayedCache:

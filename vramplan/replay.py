@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 
 from vramplan.alloc_conf import DEFAULT_SETTINGS, SMALL_SIZE, AllocatorSettings
 from vramplan.allocator import SMALL_BUFFER, Block, CachingAllocator, OutOfMemory
@@ -35,6 +36,13 @@ class Replay:
         self.live_bytes = _peak(large)
         self.requests = _in_order(large)
         self._roomy: CachingAllocator | None = None
+
+    def under(self, settings: AllocatorSettings) -> Replay:
+        """The same requests under other settings, which must round them alike."""
+        assert settings.roundup_power2_divisions == self.settings.roundup_power2_divisions
+        other = copy(self)
+        other.settings, other._roomy = settings, None
+        return other
 
     def roomy(self) -> CachingAllocator:
         """The allocator after the run on a card with room."""

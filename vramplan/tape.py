@@ -40,7 +40,7 @@ class Storage:
     __slots__ = ("block", "copies", "kind", "nbytes", "owner", "tape")
 
     def __init__(self, tape: Tape, nbytes: int, kind: Kind, owner: str, copies: int = 1) -> None:
-        if tape.round_size is not None and nbytes:
+        if tape.round_size is not None:
             nbytes = tape.round_size(nbytes)
         self.tape = tape
         self.nbytes = nbytes

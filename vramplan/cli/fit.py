@@ -227,6 +227,7 @@ def describe(job: Job) -> str:
         f"Batch {job.batch_size} x {job.seq_len} tokens, {job.optimizer_name}"
         + (", gradient checkpointing" if job.gradient_checkpointing else ", no checkpointing")
         + (f", r={job.lora_r}" if job.method != "full" else "")
+        + (f", {job.alloc_conf}" if job.alloc_conf else "")
     )
 
 

@@ -51,9 +51,15 @@ _JOB_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
     "quant_type": (str, "nf4, fp4 or int8 (qlora).", DEFAULT_JOB.quant_type),
     "double_quant": (bool, "Quantise the scales too (qlora).", DEFAULT_JOB.double_quant),
     "prepare_kbit": (bool, "prepare_model_for_kbit_training (qlora).", DEFAULT_JOB.prepare_kbit),
+    "alloc_conf": (
+        str,
+        "PYTORCH_ALLOC_CONF of the process, such as expandable_segments:True.",
+        DEFAULT_JOB.alloc_conf,
+    ),
     "num_gpus": (int, "GPUs of the run; only 1 is modelled so far.", DEFAULT_JOB.num_gpus),
 }
 _NAME_LISTS = ("target_modules", "modules_to_save")
+_WHOLE = ("alloc_conf",)  # commas are part of it
 _ADAPTERS = ("lora_r", "lora_dropout", "target_modules")
 _QUANTISATION = ("quant_type", "double_quant", "prepare_kbit")
 
@@ -168,7 +174,7 @@ def parse_sweep(values: dict[str, Any]) -> dict[str, Any]:
         kind = _JOB_OPTIONS[name][0]
         if name in _NAME_LISTS:
             swept[name] = ALL_LINEAR if value == ALL_LINEAR else names(value)
-        elif value is None or kind is bool:
+        elif value is None or kind is bool or name in _WHOLE:
             swept[name] = value
         else:
             items = [_number(name, part, kind) for part in names(value)]

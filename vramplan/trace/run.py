@@ -108,6 +108,7 @@ class Run:
     def __init__(self, model: Any, job: Job, capability: tuple[int, int], cut: Cut) -> None:
         self.model, self.job, self.capability, self.cut = model, job, capability, cut
         self.books = Books()
+        self.books.round_size = job.allocator_settings.round_size
         self.books.middle, self.books.repeats = cut.middle, cut.repeats
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.books.layers_path = layers_of(base)[0] + "."

@@ -50,6 +50,7 @@ class Books:
         layers_path: Path of the decoder layers.
         middle: Layers of a cut model that stand for others.
         repeats: How many each of them stands for.
+        round_size: What the allocator makes of a request, in bytes.
     """
 
     def __init__(self) -> None:
@@ -64,6 +65,7 @@ class Books:
         self.stack: list[str] = []
         self.decoder = ""
         self.recording = True
+        self.round_size: Callable[[int], int] = round_block
         self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}
         self._made_at: list[int] = []  # autograd sequence numbers at which the owner changed
         self._makers: list[tuple[str, Phase]] = []
@@ -74,7 +76,7 @@ class Books:
     def allocate(self, nbytes: int, kind: Kind, owner: str) -> Block:
         """Write an allocation."""
         self._count += 1
-        block = Block(self._count, round_block(nbytes), kind, owner, self.layer)
+        block = Block(self._count, self.round_size(nbytes), kind, owner, self.layer)
         self.entries.append((block, 1, self.phase, self.step, self.layer))
         return block
 
