@@ -11,10 +11,8 @@ Source: torch 2.11 ``c10/cuda/CUDACachingAllocator.cpp`` (``malloc``, ``get_free
 ``release_available_cached_blocks``, ``release_cached_blocks``), ``c10/core/AllocatorConfig.h``.
 
 Known limitations:
-    One stream. Among free blocks of one size PyTorch takes the lowest address, so the driver's
-    choice of addresses matters. It is taken to go downwards, and to fill the lowest hole that is
-    large enough first: of the orders tried the one that explains recorded runs, with and without a
-    limit (driver 580, H100).
+    One stream. Which of several free blocks of one size is taken depends on the addresses that the
+    driver chose; see ``vramplan.driver``.
 """
 
 from __future__ import annotations
@@ -28,13 +26,12 @@ from vramplan.alloc_conf import (
     SMALL_SIZE,
     AllocatorSettings,
 )
+from vramplan.driver import AddressSpace
 from vramplan.units import BLOCK_BYTES
 
 SMALL_BUFFER = 2 * 1024**2
 ROUND_LARGE = 2 * 1024**2
 ADDRESS_BITS = 50
-ADDRESS_MASK = (1 << ADDRESS_BITS) - 1
-TOP_ADDRESS = 1 << (ADDRESS_BITS - 1)
 
 
 class OutOfMemory(Exception):
@@ -50,15 +47,23 @@ class Block:
 
     __slots__ = ("address", "free", "mapped", "next", "prev", "since", "size", "small")
 
-    def __init__(self, address: int, size: int, small: bool) -> None:
+    since: int
+
+    def __init__(
+        self,
+        address: int,
+        size: int,
+        small: bool,
+        prev: Block | None = None,
+        following: Block | None = None,
+    ) -> None:
         self.address = address
         self.size = size
         self.small = small
         self.free = False
         self.mapped = True
-        self.since = 0
-        self.prev: Block | None = None
-        self.next: Block | None = None
+        self.prev = prev
+        self.next = following
 
 
 class CachingAllocator:
@@ -85,11 +90,10 @@ class CachingAllocator:
         self._splits_below, self._least_rest = settings.max_split_bytes, SMALL_SIZE + 1
         self._collects = limit is not None and settings.garbage_collection_threshold > 0
         self._clock = 0  # requests to the large pool so far (get_free_blocks_call_count)
-        self._bottom = TOP_ADDRESS
-        self._holes: list[list[int]] = []  # [first address, end] of released segments, rising
-        # free blocks sorted by size, then address, both in one number: small pool, large pool
+        self._driver = AddressSpace()
+        # free blocks by size, then address, both in one number: large pool, small pool
         self._free: tuple[list[int], list[int]] = ([], [])
-        self._blocks: dict[int, Block] = {}
+        self._blocks: dict[int, Block] = {}  # by the same number
 
     def malloc(self, nbytes: int) -> Block:
         """Serve a request.
@@ -107,15 +111,17 @@ class CachingAllocator:
         if self._collects and not small:
             self._clock += 1
         block = self._find(nbytes, small) or self._take(nbytes, small)
-        remaining = block.size - nbytes
-        if (
-            remaining >= BLOCK_BYTES
+        rest = block.size - nbytes
+        # should_split
+        if rest and (
+            rest >= BLOCK_BYTES
             if small
-            else remaining >= self._least_rest and nbytes < self._splits_below
+            else rest >= self._least_rest and nbytes < self._splits_below
         ):
             self._split(block, nbytes)
-        self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self.allocated = allocated = self.allocated + block.size
+        if allocated > self.peak_allocated:  # noqa: PLR1730 - max() would be a call
+            self.peak_allocated = allocated
         return block
 
     def _find(self, nbytes: int, small: bool) -> Block | None:
@@ -123,13 +129,13 @@ class CachingAllocator:
 
         Blocks of ``max_split_size`` serve only requests of that size, and not much smaller ones.
         """
-        pool = self._free[not small]
+        pool = self._free[small]
         index = bisect_left(pool, nbytes << ADDRESS_BITS)
         if index == len(pool):
             return None
         if self._max_split != NO_LIMIT and pool[index] >> ADDRESS_BITS >= self._ceiling(nbytes):
             return None
-        block = self._blocks.pop(pool.pop(index) & ADDRESS_MASK)
+        block = self._blocks.pop(pool.pop(index))
         block.free = False
         return block
 
@@ -174,27 +180,12 @@ class CachingAllocator:
 
     def _place(self, size: int) -> int:
         """Where the driver puts a segment."""
-        for index, hole in enumerate(self._holes):
-            if hole[1] - hole[0] >= size:
-                address = hole[0]
-                hole[0] += size
-                if hole[0] == hole[1]:
-                    del self._holes[index]
-                return address
-        self._bottom -= size
-        return self._bottom
+        return self._driver.place(size)
 
     def _release(self, block: Block) -> None:
-        """Give a whole segment back to the driver; neighbouring holes become one."""
+        """Give a whole segment back to the driver."""
         self.reserved -= block.size
-        start, end = block.address, block.address + block.size
-        index = bisect_left(self._holes, [start, end])
-        if index < len(self._holes) and self._holes[index][0] == end:
-            end = self._holes.pop(index)[1]
-        if index and self._holes[index - 1][1] == start:
-            index -= 1
-            start = self._holes.pop(index)[0]
-        self._holes.insert(index, [start, end])
+        self._driver.release(block.address, block.size)
 
     def _release_free(self, block: Block) -> None:
         self._drop_free(block)
@@ -202,12 +193,12 @@ class CachingAllocator:
 
     def _unsplit(self, pool: list[int]) -> list[Block]:
         """Free blocks that are whole segments, smallest first."""
-        blocks = [self._blocks[key & ADDRESS_MASK] for key in pool]
+        blocks = [self._blocks[key] for key in pool]
         return [block for block in blocks if block.prev is None and block.next is None]
 
     def empty_cache(self) -> None:
         """Give back every segment that is free as a whole (release_cached_blocks)."""
-        for pool in reversed(self._free):
+        for pool in self._free:
             for block in self._unsplit(pool):
                 self._release_free(block)
 
@@ -222,14 +213,14 @@ class CachingAllocator:
         if self._max_split == NO_LIMIT:
             return False
         wanted = max(nbytes, self._max_split)
-        pool = self._free[not small]
+        pool = self._free[small]
         index = bisect_left(pool, wanted << ADDRESS_BITS)
         if index < len(pool):
-            self._release_free(self._blocks[pool[index] & ADDRESS_MASK])
+            self._release_free(self._blocks[pool[index]])
             return True
         released = 0
         while released < wanted and pool and pool[-1] >> ADDRESS_BITS >= self._max_split:
-            block = self._blocks[pool[-1] & ADDRESS_MASK]
+            block = self._blocks[pool[-1]]
             released += block.size
             self._release_free(block)
         return released >= wanted
@@ -243,7 +234,7 @@ class CachingAllocator:
         assert self.limit is not None
         threshold = int(self.settings.garbage_collection_threshold * self.limit)
         target = self.reserved - threshold
-        blocks = self._unsplit(self._free[1]) if target > 0 else []
+        blocks = self._unsplit(self._free[False]) if target > 0 else []
         total_age = sum(self._clock - block.since for block in blocks)
         reclaimed, freed = 0, True
         while reclaimed < target and freed and blocks:
@@ -262,10 +253,10 @@ class CachingAllocator:
     # -- blocks within a segment ---------------------------------------------------------------
 
     def _split(self, block: Block, nbytes: int) -> None:
-        rest = Block(block.address + nbytes, block.size - nbytes, block.small)
-        rest.prev, rest.next = block, block.next
-        if rest.next is not None:
-            rest.next.prev = rest
+        after = block.next
+        rest = Block(block.address + nbytes, block.size - nbytes, block.small, block, after)
+        if after is not None:
+            after.prev = rest
         block.next = rest
         block.size = nbytes
         self._add_free(rest)
@@ -273,13 +264,14 @@ class CachingAllocator:
     def _add_free(self, block: Block) -> None:
         block.free = True
         block.since = self._clock
-        self._blocks[block.address] = block
-        insort(self._free[not block.small], block.size << ADDRESS_BITS | block.address)
+        key = block.size << ADDRESS_BITS | block.address
+        self._blocks[key] = block
+        insort(self._free[block.small], key)
 
     def _drop_free(self, block: Block) -> None:
-        pool = self._free[not block.small]
-        del pool[bisect_left(pool, block.size << ADDRESS_BITS | block.address)]
-        del self._blocks[block.address]
+        pool = self._free[block.small]
+        key = block.size << ADDRESS_BITS | block.address
+        del pool[bisect_left(pool, key)], self._blocks[key]
 
     def free(self, block: Block) -> None:
         """Take a block back and merge it with free neighbours."""

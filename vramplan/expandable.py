@@ -20,7 +20,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 from vramplan.alloc_conf import NO_LIMIT, AllocatorSettings
-from vramplan.allocator import ADDRESS_BITS, ADDRESS_MASK, SMALL_BUFFER, Block, CachingAllocator
+from vramplan.allocator import ADDRESS_BITS, SMALL_BUFFER, Block, CachingAllocator
 from vramplan.units import BLOCK_BYTES
 
 ADDRESS_SPACE = 1 << 43  # of one segment
@@ -48,32 +48,33 @@ class ExpandableAllocator(CachingAllocator):
     def __init__(self, limit: int | None, settings: AllocatorSettings) -> None:
         super().__init__(limit, settings)
         self._splits_below, self._least_rest = NO_LIMIT, BLOCK_BYTES
-        self._pages = (SMALL_BUFFER, settings.large_segment_bytes)  # bytes mapped together
-        # address ranges with no memory behind them, by address: small pool, large pool
+        # bytes mapped together: large pool, small pool
+        self._pages = (settings.large_segment_bytes, SMALL_BUFFER)
+        # address ranges with no memory behind them, by address
         self._unmapped: tuple[list[Block], list[Block]] = ([], [])
-        for large, page in enumerate(self._pages):
+        for small, page in enumerate(self._pages):
             size = ADDRESS_SPACE // page * page
-            self._add_unmapped(Block(2 * size * large, size, not large))
+            self._add_unmapped(Block(2 * size * small, size, bool(small)))
 
     # -- reuse ---------------------------------------------------------------------------------
 
     def _find(self, nbytes: int, small: bool) -> Block | None:
         """The free block that serves; one that can grow counts as large as it could become."""
-        pool = self._free[not small]
+        pool = self._free[small]
         index = bisect_left(pool, nbytes << ADDRESS_BITS)
         if index == len(pool):
             return None
-        block = self._blocks[pool[index] & ADDRESS_MASK]
+        block = self._blocks[pool[index]]
         if block.next is not None and not block.next.mapped:
             room = block.size + block.next.size
             while index + 1 < len(pool):
-                following = self._blocks[pool[index + 1] & ADDRESS_MASK]
+                following = self._blocks[pool[index + 1]]
                 if _room(following) >= room:
                     break
                 block, index, room = following, index + 1, _room(following)
         if self._max_split != NO_LIMIT and block.size >= self._ceiling(nbytes):
             return None
-        del pool[index], self._blocks[block.address]
+        del self._blocks[pool.pop(index)]
         block.free = False
         return block
 
@@ -97,7 +98,7 @@ class ExpandableAllocator(CachingAllocator):
 
     def _lowest(self, nbytes: int, small: bool) -> Block:
         """The first of the free and unmapped blocks side by side that have room for a request."""
-        for block in self._unmapped[not small]:
+        for block in self._unmapped[small]:
             before = block.prev
             first = before if before is not None and before.free else block
             room, piece = 0, first
@@ -115,9 +116,9 @@ class ExpandableAllocator(CachingAllocator):
 
         They become part of the free block before them, if there is one.
         """
-        page = self._pages[not block.small]
+        page = self._pages[block.small]
         size = -(-nbytes // page) * page
-        self._unmapped[not block.small].remove(block)
+        self._unmapped[block.small].remove(block)
         if size < block.size:
             rest = Block(block.address + size, block.size - size, block.small)
             _insert(rest, block, block.next)
@@ -131,13 +132,13 @@ class ExpandableAllocator(CachingAllocator):
 
     def empty_cache(self) -> None:
         """Give back every page that is free as a whole (release_cached_blocks)."""
-        for pool in reversed(self._free):
-            for block in [self._blocks[key & ADDRESS_MASK] for key in pool]:
+        for pool in self._free:
+            for block in [self._blocks[key] for key in pool]:
                 self._unmap(block)
 
     def _unmap(self, block: Block) -> None:
         """Give the whole pages of a free block back; what it has before and behind them stays."""
-        page = self._pages[not block.small]
+        page = self._pages[block.small]
         end_of_block = block.address + block.size
         start, end = -(-block.address // page) * page, end_of_block // page * page
         if start >= end:
@@ -156,13 +157,13 @@ class ExpandableAllocator(CachingAllocator):
         self.reserved -= block.size
         for other in (block.prev, block.next):
             if other is not None and not other.mapped:
-                self._unmapped[not block.small].remove(other)
+                self._unmapped[block.small].remove(other)
                 _absorb(block, other)
         self._add_unmapped(block)
 
     def _add_unmapped(self, block: Block) -> None:
         block.mapped = False
-        insort(self._unmapped[not block.small], block, key=lambda other: other.address)
+        insort(self._unmapped[block.small], block, key=lambda other: other.address)
 
 
 def _room(block: Block) -> int:

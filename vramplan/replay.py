@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from copy import copy
+from itertools import chain
 
-from vramplan.alloc_conf import DEFAULT_SETTINGS, SMALL_SIZE, AllocatorSettings
-from vramplan.allocator import SMALL_BUFFER, Block, CachingAllocator, OutOfMemory
+from vramplan.alloc_conf import DEFAULT_SETTINGS, AllocatorSettings
+from vramplan.allocator import Block, CachingAllocator, OutOfMemory
 from vramplan.expandable import allocator_for
 from vramplan.timeline import BEFORE_TRAINING, Event, Kind, Phase, Section, Timeline, handed_on
 
@@ -23,18 +25,17 @@ class Replay:
         timeline: The run.
         settings: The allocator's settings; the timeline's sizes are already rounded under them.
 
-    The large pool is replayed block by block. The small pool (requests up to 1 MiB) holds adapters,
-    statistics and other long-lived things in 2 MiB segments and is taken as full ones. Two steps
-    are replayed: workspaces and optimizer state, allocated during the first, shape what the second
-    one finds.
+    Two steps are replayed: workspaces and optimizer state, allocated during the first, shape what
+    the second one finds. Under a limit it is three: what the second one had to give back shapes
+    what the third one finds, and a recorded search has runs that end there.
     """
 
     def __init__(self, timeline: Timeline, settings: AllocatorSettings = DEFAULT_SETTINGS) -> None:
         self.settings = settings
-        large, small = _split_pools(timeline)
-        self.small_bytes = -(-_peak(small) // SMALL_BUFFER) * SMALL_BUFFER
-        self.live_bytes = _peak(large)
-        self.requests = _in_order(large)
+        settled = _settled(timeline)
+        self.live_bytes = _peak(settled)
+        begin, self._step = _in_order(settled)
+        self.requests = begin + self._step
         self._roomy: CachingAllocator | None = None
 
     def under(self, settings: AllocatorSettings) -> Replay:
@@ -52,7 +53,7 @@ class Replay:
 
     def reserved_bytes(self) -> int:
         """Most it reserves, unhurried."""
-        return self.roomy().peak_reserved + self.small_bytes
+        return self.roomy().peak_reserved
 
     def ready_slack_bytes(self) -> int:
         """What unsplit blocks add to the allocated bytes when training is about to start."""
@@ -65,7 +66,7 @@ class Replay:
     def runs_within(self, limit: int) -> bool:
         """Whether the run succeeds when the allocator may reserve ``limit`` bytes."""
         try:
-            replay(self.requests, limit - self.small_bytes, self.settings)
+            replay(chain(self.requests, _once_more(self._step)), limit, self.settings)
         except OutOfMemory:
             return False
         return True
@@ -73,7 +74,7 @@ class Replay:
     def min_limit_bytes(self) -> int:
         """Smallest limit at which the run succeeds, to within 32 MiB or half a percent."""
         resolution = max(LIMIT_RESOLUTION, self.live_bytes // 200)
-        low = self.live_bytes + self.small_bytes - resolution
+        low = self.live_bytes - resolution
         high = self.reserved_bytes()
         while high - low > resolution:
             middle = (low + high) // 2
@@ -84,21 +85,24 @@ class Replay:
         return high
 
 
-def _split_pools(timeline: Timeline) -> tuple[Timeline, Timeline]:
-    """The events of the large and of the small pool; marks go where their block is."""
-    small_blocks = {e.block for e in timeline.events() if 0 < e.nbytes <= SMALL_SIZE}
-    large, small = [], []
+def _once_more(step: list[Request]) -> Iterator[Request]:
+    """The requests of a step for blocks of other identities."""
+    top = max((block for block, _ in step), default=0)
+    return ((block + top if block > 0 else block, nbytes) for block, nbytes in step)
+
+
+def _settled(timeline: Timeline) -> Timeline:
+    """The timeline without what only gives a block another purpose: it does not move."""
+    sections = []
     for section in timeline.sections:
-        pools: tuple[list[Event], list[Event]] = ([], [])
+        kept: list[Event] = []
         for event in section.events:
-            pool = pools[event.block in small_blocks]
-            if pool and event.nbytes > 0 and pool[-1][:2] == (event.block, -event.nbytes):
-                pool.pop()  # a block that got another purpose did not move
+            if kept and event.nbytes > 0 and kept[-1][:2] == (event.block, -event.nbytes):
+                kept.pop()
             else:
-                pool.append(event)
-        large.append(Section(tuple(pools[0]), section.repeats))
-        small.append(Section(tuple(pools[1]), section.repeats))
-    return Timeline(tuple(large)), Timeline(tuple(small))
+                kept.append(event)
+        sections.append(Section(tuple(kept), section.repeats))
+    return Timeline(tuple(sections))
 
 
 def _peak(timeline: Timeline) -> int:
@@ -116,8 +120,12 @@ def _peak(timeline: Timeline) -> int:
     return best
 
 
-def _in_order(timeline: Timeline) -> list[Request]:
-    """The requests as a run makes them: load, a first step, optimizer state, a second step."""
+def _in_order(timeline: Timeline) -> tuple[list[Request], list[Request]]:
+    """The requests as a run makes them.
+
+    Returns:
+        Load, a first step and optimizer state; and any further step.
+    """
     marked = {e.block for e in timeline.events() if e.nbytes == 0 and e.block > 0}
     sizes = {e.block: e.nbytes for e in timeline.events() if e.nbytes > 0 and e.block in marked}
     load: list[Section] = []
@@ -140,56 +148,63 @@ def _in_order(timeline: Timeline) -> list[Request]:
     update = [
         Section(tuple(e for e in s.events if e.phase is Phase.STEP), s.repeats) for s in steps
     ]
-    first = unroll(Timeline((*load, *walk, *state, *update)))
-    second = [r for r in unroll(Timeline((*walk, *update))) if r[1] or r[0] <= 0]
-    top = max(identity for identity, _ in first)
-    requests = []
-    for identity, nbytes in first:
-        if nbytes or identity <= 0:
-            requests.append((identity, nbytes))
-        elif identity in marked:  # a workspace, at its first use
-            marked.remove(identity)
-            requests.append((top + identity, sizes[identity]))
-    top += max(sizes, default=0)
-    return requests + [(identity + top, nbytes) for identity, nbytes in second]
+    requests = unroll(Timeline((*load, *walk, *state, *update)))
+    top = len(requests)
+    at_first_use = [n for n, (block, nbytes) in enumerate(requests) if not nbytes and block > 0]
+    for n in reversed(at_first_use):  # from behind: what goes does not move what is left
+        block = requests[n][0]
+        if any(requests[m][0] == block for m in at_first_use if m < n):
+            del requests[n]
+        else:
+            requests[n] = (top + block, sizes[block])
+    again = [
+        Section(tuple(e for e in s.events if e.block not in marked or e.nbytes), s.repeats)
+        for s in (*walk, *update)
+    ]
+    return requests, unroll(Timeline(tuple(again)), top + max(sizes, default=0))
 
 
-def unroll(timeline: Timeline) -> list[Request]:
+def unroll(timeline: Timeline, fresh: int = 0) -> list[Request]:
     """Every request of a run in order, repeated sections and copies written out.
 
     Blocks that a repeated section leaves behind for a later one are released latest first: backward
     meets the layers in reverse. Blocks that one layer hands to the next (hidden states, their
     gradients) are matched by ``handed_on``.
+
+    Args:
+        timeline: The run.
+        fresh: A number below all identities.
     """
-    born: dict[int, list[int]] = {}  # block -> live identities, oldest first
+    born: defaultdict[int, list[int]] = defaultdict(list)  # block -> live identities, oldest first
     twins = handed_on(timeline)
     requests: list[Request] = []
     append = requests.append
-    fresh = 0
     for index, section in enumerate(timeline.sections):
         last = section.repeats - 1
+        events = [
+            (e.block, e.nbytes, e.copies, twins.get((index, e.block)) if last else None)
+            for e in section.events
+        ]
         for repetition in range(section.repeats):
-            for block, nbytes, _kind, _owner, _phase, copies in section.events:
+            for block, nbytes, copies, handed in events:
                 if nbytes > 0:
-                    live = born.setdefault(block, [])
+                    live = born[block]
                     for _ in range(copies):
                         fresh += 1
                         live.append(fresh)
                         append((fresh, nbytes))
-                    continue
-                if nbytes == 0:  # a mark, or a workspace's first use
+                elif nbytes == 0:  # a mark, or a workspace's first use
                     append((block, 0))
-                    continue
-                oldest = False
-                if last and (index, block) in twins:
-                    twin, oldest = twins[index, block]
+                elif handed is None:
+                    live = born[block]
+                    for _ in range(min(copies, len(live))):
+                        append((live.pop(), nbytes))
+                else:
+                    twin, oldest = handed
                     own = repetition == (0 if oldest else last)
                     live = born[block if own else twin]
-                    oldest = oldest and not own
-                else:
-                    live = born[block]
-                for _ in range(min(copies, len(live))):
-                    append((live.pop(0 if oldest else -1), nbytes))
+                    for _ in range(min(copies, len(live))):
+                        append((live.pop(0 if oldest and not own else -1), nbytes))
     return requests
 
 

@@ -1,7 +1,8 @@
 """The allocator alone, against PyTorch's real one: every request's block, segment and count.
 
 ``tests/data/allocator-*.json.gz`` was written on a GPU by
-``python -m vramplan.measure.allocator_probe``: the same requests under fourteen settings.
+``python -m vramplan.measure.allocator_probe``: the same requests under fourteen settings. The
+recorded histories beside the records are whole training runs, with the segments they took.
 """
 
 from __future__ import annotations
@@ -14,13 +15,29 @@ from typing import Any
 
 import pytest
 
+from vramplan.accuracy import predicted
 from vramplan.alloc_conf import parse_alloc_conf
 from vramplan.allocator import Block, CachingAllocator, OutOfMemory
+from vramplan.driver import AddressSpace
 from vramplan.expandable import ExpandableAllocator
+from vramplan.record import read_record
+from vramplan.resources import profiles_dir
 
 FILES = sorted((Path(__file__).parents[1] / "data").glob("allocator-*.json.gz"))
-pytestmark = pytest.mark.skipif(not FILES, reason="no recording of the allocator is shipped yet")
 UNIT = 512
+HISTORIES = sorted(
+    (profiles_dir() / "calibrations" / "h100-sxm-80gb" / "runs").glob("*.timeline.json.gz")
+)
+SEARCHES = sorted(path for path in HISTORIES[0].parent.glob("*-smallest.json"))
+# Segments taken some requests earlier or later: the driver keeps memory of its own in between,
+# for kernels loaded while training runs.
+MOVED = {
+    "gpt-j-6b-qlora-1x512-history": 1,
+    "llama-3.2-1b-qlora-1x512-int8": 2,
+    "llama-3.2-1b-qlora-2x1024": 1,
+    "pythia-1.4b-qlora-2x1024": 5,
+    "qwen2.5-0.5b-qlora-2x512-no-checkpointing-eager": 12,
+}
 
 
 @lru_cache
@@ -29,12 +46,14 @@ def recording(path: Path) -> dict[str, Any]:
 
 
 def runs() -> list[Any]:
-    return [
+    found = [
         pytest.param(path, number, id=f"{run['sequence']}-{run['setting'] or 'default'}")
         for path in FILES
         for number, run in enumerate(recording(path)["runs"])
         if "error" not in run
     ]
+    missing = pytest.mark.skip(reason="no recording of the allocator is shipped")
+    return found or [pytest.param(None, 0, marks=missing)]
 
 
 def limit_of(run: dict[str, Any]) -> int | None:
@@ -142,6 +161,69 @@ def test_every_block_and_segment_to_the_byte(path: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_address_the_driver_chose(path: Path) -> None:
+    checked = 0
+    for run in recording(path)["runs"]:
+        if "error" in run or "expandable" in run["setting"]:
+            continue
+        space = AddressSpace()
+        shift: int | None = None
+        for _, action, units, size in run["segment_events"]:
+            address = units * UNIT
+            if action == "segment_free":
+                assert shift is not None
+                space.release(address - shift, size)
+                continue
+            own = space.place(size)
+            shift = address - own if shift is None else shift
+            assert own + shift == address
+            checked += 1
+    assert checked > 1500
+
+
+class Logged(CachingAllocator):
+    """Notes each segment it takes or gives back, as a history does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.log: list[tuple[int, int]] = []
+
+    def _place(self, size: int) -> int:
+        self.log.append((self.now, size))
+        return super()._place(size)
+
+    def _release(self, block: Block) -> None:
+        self.log.append((self.now, -block.size))
+        super()._release(block)
+
+
+@pytest.mark.parametrize(
+    "path", HISTORIES, ids=[path.name.removesuffix(".timeline.json.gz") for path in HISTORIES]
+)
+def test_the_segments_of_a_whole_run(path: Path) -> None:
+    document = json.loads(gzip.decompress(path.read_bytes()))
+    recorded = [tuple(segment) for segment in document["segments"]]
+    emptied = {number for number, size in recorded if size < 0}  # by whom a history does not say
+    allocator = Logged()
+    live: dict[int, Block] = {}
+    events = [event for section in document["sections"] for event in section["events"]]
+    for number, (block, nbytes, *_) in enumerate(events):
+        allocator.now = number
+        if number in emptied:
+            allocator.empty_cache()
+        if nbytes > 0:
+            live[block] = allocator.malloc(nbytes)
+        else:
+            allocator.free(live.pop(block))
+    sizes = [size for _, size in recorded]
+    assert sorted(size for _, size in allocator.log) == sorted(sizes)
+    assert allocator.reserved == sum(sizes)
+    moved = len(set(allocator.log) - set(recorded))
+    assert moved == MOVED.get(path.name.removesuffix(".timeline.json.gz"), 0)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_settings_are_read_as_pytorch_reads_them(path: Path) -> None:
     seen = set()
     for run in recording(path)["runs"]:
@@ -154,3 +236,26 @@ def test_settings_are_read_as_pytorch_reads_them(path: Path) -> None:
         divisions = theirs.get("roundup_power2_divisions", {})
         assert own.roundup_power2_divisions == tuple(divisions[key] for key in divisions)
     assert seen
+
+
+# Tries of recorded searches that the replay decides otherwise, of 34; all within 1 % of the border.
+OTHERWISE = {
+    "gpt-j-6b-qlora-1x512-smallest": 2,
+    "llama-3.1-8b-qlora-2x1024-smallest": 2,
+    "pythia-1.4b-qlora-2x1024-smallest": 1,
+}
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_every_try_of_a_recorded_search(path: Path) -> None:
+    record = read_record(path)
+    assert record.limit_search is not None
+    cache = predicted(record).cache
+    found = [
+        (limit, status)
+        for limit, status in record.limit_search.tries
+        if cache.runs_within(limit) != (status == "done")
+    ]
+    assert len(found) == OTHERWISE.get(path.stem, 0)
+    least = record.limit_search.smallest_running_bytes
+    assert all(abs(limit / least - 1) < 0.01 for limit, _ in found)
