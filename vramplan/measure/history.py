@@ -168,7 +168,8 @@ class HistoryTap:
         Returns:
             A timeline of one section, its events in the order of the run, sizes rounded as the
             allocator does; and the segments it took from the driver (bytes) or gave back (minus
-            bytes), each with the number of events before it.
+            bytes), each with the number of events before it. With expandable segments these are
+            the pages mapped and unmapped.
 
         Known limitations:
             A block is booked to the module at work when it was made. Backward's blocks go to the
