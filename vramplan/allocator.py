@@ -83,9 +83,10 @@ class CachingAllocator:
         self.peak_reserved = 0
         self.allocated = 0
         self.peak_allocated = 0
-        self.ready_slack = 0  # bytes of unsplit blocks when training begins, for the replay
+        self.ready_allocated = 0  # when training began, for the replay
         self.retries = 0
         self._max_split = settings.max_split_bytes
+        self._chooses = self._max_split != NO_LIMIT  # else the smallest serves
         # large requests below the first are split where at least the second is left (should_split)
         self._splits_below, self._least_rest = settings.max_split_bytes, SMALL_SIZE + 1
         self._collects = limit is not None and settings.garbage_collection_threshold > 0
@@ -110,34 +111,43 @@ class CachingAllocator:
         small = nbytes <= SMALL_SIZE
         if self._collects and not small:
             self._clock += 1
-        block = self._find(nbytes, small) or self._take(nbytes, small)
-        rest = block.size - nbytes
-        # should_split
-        if rest and (
+        pool = self._free[small]
+        index = bisect_left(pool, nbytes << ADDRESS_BITS)  # the smallest that is large enough
+        if self._chooses and index < len(pool):
+            index = self._choose(nbytes, pool, index)
+        if index < len(pool):
+            block = self._blocks.pop(pool.pop(index))
+            block.free = False
+        else:
+            block = self._take(nbytes, small)
+        size = block.size
+        rest = size - nbytes
+        if rest and (  # should_split
             rest >= BLOCK_BYTES
             if small
             else rest >= self._least_rest and nbytes < self._splits_below
         ):
-            self._split(block, nbytes)
-        self.allocated = allocated = self.allocated + block.size
+            after = block.next
+            split = Block(block.address + nbytes, rest, small, block, after)
+            if after is not None:
+                after.prev = split
+            block.next = split
+            block.size = size = nbytes
+            self._add_free(split)
+        self.allocated = allocated = self.allocated + size
         if allocated > self.peak_allocated:  # noqa: PLR1730 - max() would be a call
             self.peak_allocated = allocated
         return block
 
-    def _find(self, nbytes: int, small: bool) -> Block | None:
-        """The smallest free block that serves, out of its pool (get_free_block).
+    def _choose(self, nbytes: int, pool: list[int], index: int) -> int:
+        """Which free block serves, from the smallest on that is large enough (get_free_block).
 
         Blocks of ``max_split_size`` serve only requests of that size, and not much smaller ones.
+
+        Returns:
+            Its index, the pool's length for none.
         """
-        pool = self._free[small]
-        index = bisect_left(pool, nbytes << ADDRESS_BITS)
-        if index == len(pool):
-            return None
-        if self._max_split != NO_LIMIT and pool[index] >> ADDRESS_BITS >= self._ceiling(nbytes):
-            return None
-        block = self._blocks.pop(pool.pop(index))
-        block.free = False
-        return block
+        return index if pool[index] >> ADDRESS_BITS < self._ceiling(nbytes) else len(pool)
 
     def _ceiling(self, nbytes: int) -> int:
         """Size from which on a free block is too large for a request."""
@@ -251,15 +261,6 @@ class CachingAllocator:
             freed, blocks = len(kept) < len(blocks), kept
 
     # -- blocks within a segment ---------------------------------------------------------------
-
-    def _split(self, block: Block, nbytes: int) -> None:
-        after = block.next
-        rest = Block(block.address + nbytes, block.size - nbytes, block.small, block, after)
-        if after is not None:
-            after.prev = rest
-        block.next = rest
-        block.size = nbytes
-        self._add_free(rest)
 
     def _add_free(self, block: Block) -> None:
         block.free = True

@@ -17,10 +17,10 @@ Known limitations:
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
 
 from vramplan.alloc_conf import NO_LIMIT, AllocatorSettings
-from vramplan.allocator import ADDRESS_BITS, SMALL_BUFFER, Block, CachingAllocator
+from vramplan.allocator import SMALL_BUFFER, Block, CachingAllocator
 from vramplan.units import BLOCK_BYTES
 
 ADDRESS_SPACE = 1 << 43  # of one segment
@@ -47,7 +47,7 @@ class ExpandableAllocator(CachingAllocator):
 
     def __init__(self, limit: int | None, settings: AllocatorSettings) -> None:
         super().__init__(limit, settings)
-        self._splits_below, self._least_rest = NO_LIMIT, BLOCK_BYTES
+        self._splits_below, self._least_rest, self._chooses = NO_LIMIT, BLOCK_BYTES, True
         # bytes mapped together: large pool, small pool
         self._pages = (settings.large_segment_bytes, SMALL_BUFFER)
         # address ranges with no memory behind them, by address
@@ -58,25 +58,18 @@ class ExpandableAllocator(CachingAllocator):
 
     # -- reuse ---------------------------------------------------------------------------------
 
-    def _find(self, nbytes: int, small: bool) -> Block | None:
-        """The free block that serves; one that can grow counts as large as it could become."""
-        pool = self._free[small]
-        index = bisect_left(pool, nbytes << ADDRESS_BITS)
-        if index == len(pool):
-            return None
-        block = self._blocks[pool[index]]
+    def _choose(self, nbytes: int, pool: list[int], index: int) -> int:
+        """The same; a block that can grow counts as large as it could become."""
+        blocks = self._blocks
+        block = blocks[pool[index]]
         if block.next is not None and not block.next.mapped:
             room = block.size + block.next.size
             while index + 1 < len(pool):
-                following = self._blocks[pool[index + 1]]
-                if _room(following) >= room:
+                following = _room(blocks[pool[index + 1]])
+                if following >= room:
                     break
-                block, index, room = following, index + 1, _room(following)
-        if self._max_split != NO_LIMIT and block.size >= self._ceiling(nbytes):
-            return None
-        del self._blocks[pool.pop(index)]
-        block.free = False
-        return block
+                index, room = index + 1, following
+        return super()._choose(nbytes, pool, index) if self._max_split != NO_LIMIT else index
 
     # -- memory from the driver ----------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from copy import copy
-from itertools import chain
+from itertools import chain, takewhile
 
 from vramplan.alloc_conf import DEFAULT_SETTINGS, AllocatorSettings
 from vramplan.allocator import Block, CachingAllocator, OutOfMemory
@@ -57,7 +57,8 @@ class Replay:
 
     def ready_slack_bytes(self) -> int:
         """What unsplit blocks add to the allocated bytes when training is about to start."""
-        return self.roomy().ready_slack
+        ready = takewhile(lambda request: request[0] != TRAINING_BEGINS, self.requests)
+        return self.roomy().ready_allocated - sum(nbytes for _, nbytes in ready)
 
     def slack_bytes(self) -> int:
         """What unsplit blocks add to the allocated bytes at the peak."""
@@ -220,18 +221,14 @@ def replay(
     """
     allocator = allocator_for(settings, limit)
     live: dict[int, Block] = {}
-    asked = 0
-    malloc, free = allocator.malloc, allocator.free
+    malloc, free, release = allocator.malloc, allocator.free, live.pop
     for identity, nbytes in requests:
         if nbytes > 0:
             live[identity] = malloc(nbytes)
-            asked += nbytes
-        elif nbytes < 0:
-            free(live.pop(identity))
-            asked += nbytes
+        elif nbytes:
+            free(release(identity))
         elif identity == EMPTY_CACHE:
             allocator.empty_cache()
         else:
-            allocator.ready_slack = allocator.allocated - asked
-            allocator.peak_allocated = allocator.allocated
+            allocator.ready_allocated = allocator.peak_allocated = allocator.allocated
     return allocator
