@@ -191,7 +191,7 @@ class Adviser:
             conf = self.expandable().job.alloc_conf
             yield Switch(
                 f"--alloc-conf {conf}",
-                "segments that grow, less left over",
+                "PYTORCH_ALLOC_CONF: segments that grow",
                 (("alloc_conf", conf),),
             )
         if not job.gradient_checkpointing:

@@ -12,7 +12,8 @@ Source: torch 2.11 ``c10/cuda/CUDACachingAllocator.cpp`` (``find_expandable_bloc
 Known limitations:
     A second segment, for when the addresses of the first run out (1 1/8 of the card's memory), is
     not modelled. The limit is compared with what a segment of its own would take, as PyTorch does,
-    so reserved memory can end up a page above it.
+    so reserved memory can end up a page above it. Where the platform has no such segments
+    (Windows), PyTorch warns and goes on without them.
 """
 
 from __future__ import annotations

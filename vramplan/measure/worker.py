@@ -34,6 +34,7 @@ from vramplan.timeline import timeline_document
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes")
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
+OLD_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 class Request(TypedDict):
@@ -78,7 +79,12 @@ def set_allocator(alloc_conf: str) -> str | None:
     """
     if alloc_conf:
         torch._C._accelerator_setAllocatorSettings(alloc_conf)
-    return torch._C._accelerator_getAllocatorSettings() or None
+    in_force = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    if in_force is not None:
+        return in_force() or None
+    # a torch that does not say: what was given, else the variables in its own order
+    environ = os.environ
+    return alloc_conf or environ.get(OLD_VARIABLE) or environ.get("PYTORCH_ALLOC_CONF") or None
 
 
 def perform(request: Request) -> None:
