@@ -20,6 +20,7 @@ from vramplan.families.common import (
     dropout_add,
     layer_norm,
     math_attention,
+    picks_cudnn,
     rotary_tables,
     rotate,
 )
@@ -192,9 +193,12 @@ def fused_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tenso
     shape = (env.batch, d.num_heads, kv_heads, env.length, d.head_dim)
     if env.attention == "flash_attention_2":
         return ops.fused_attention(t, q, k, v, shape, cudnn=False)
-    if kv_heads == d.num_heads:
-        return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
     p = d.attention_dropout if d.alibi else 0.0
+    if kv_heads == d.num_heads:
+        low_precision = (t.autocast or q.dtype) is not FP32
+        if low_precision and picks_cudnn(env) and (p * 16).is_integer():
+            return ops.fused_attention(t, q, k, v, shape, cudnn=True, mask=env.mask)
+        return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
     return ops.copy(t, math_attention(t, q, k, v, env, dropout=p, broadcast=True))
 
 
