@@ -215,8 +215,8 @@ def split_heads(t: Tape, x: Tensor, env: Env, *, value: bool = False) -> Tensor:
     """``x.view(hidden_shape).transpose(1, 2)``: [batch, heads, length, head_dim].
 
     Slices, plain products and repeated heads hand gradients back in that memory order, which takes
-    a copy to view as x again. Rotation slices queries and keys; a fused kernel's gradient of the
-    values lies in memory as they do.
+    a copy to view as x again. Rotation slices queries and keys; a fused kernel's gradient of what
+    was not rotated (``value``) lies in memory as that does.
     """
     several = x.numel > env.tokens * env.dims.head_dim
     grouped = env.dims.num_heads > env.dims.num_kv_heads
@@ -308,8 +308,7 @@ def attend(
         return eager_attention(t, q, k, v, env, contiguous=not contiguous)
     low_precision = (t.autocast or q.dtype) is not FP32  # all that cuDNN and FlashAttention know
     dims = env.dims
-    # cuDNN resolves a dropout in sixteenths
-    cudnn = picks_cudnn(env) and (dims.attention_dropout * 16).is_integer()
+    cudnn = picks_cudnn(env)
     fused = (env.mask is None or cudnn) and env.capability >= (8, 0) and low_precision
     if env.attention == "sdpa" and not fused:
         return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None

@@ -196,7 +196,7 @@ def fused_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tenso
     p = d.attention_dropout if d.alibi else 0.0
     if kv_heads == d.num_heads:
         low_precision = (t.autocast or q.dtype) is not FP32
-        if low_precision and picks_cudnn(env) and (p * 16).is_integer():
+        if low_precision and picks_cudnn(env):
             return ops.fused_attention(t, q, k, v, shape, cudnn=True, mask=env.mask)
         return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
     return ops.copy(t, math_attention(t, q, k, v, env, dropout=p, broadcast=True))
