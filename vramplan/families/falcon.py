@@ -15,6 +15,7 @@ from vramplan.families.common import (
     Env,
     Family,
     activate,
+    allowed_positions,
     causal_mask,
     dropout,
     dropout_add,
@@ -125,7 +126,7 @@ def prepare(t: Tape, embeds: Tensor, env: Env) -> None:
         del positions
     causal_mask(t, embeds, env)
     if env.attention == "sdpa":
-        env.mask = t.new(env.tokens * env.length, BOOL, Kind.BATCH)  # allow_is_causal_skip=False
+        env.mask = allowed_positions(t, env, None)  # allow_is_causal_skip=False
     if env.alibi is not None:
         add_alibi(t, embeds, env)
     rotary_tables(t, embeds, env)
