@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UnknownNameError
+from vramplan.foretold import FILE_NAME, Foretold, read
 from vramplan.gpus import Gpu, find_gpu
 from vramplan.job import recorded_job
 from vramplan.prediction import Prediction, judge, predict
@@ -39,11 +40,20 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One recorded run and its prediction."""
+    """One recorded run and its prediction.
+
+    Attributes:
+        record: The run.
+        prediction: What the code says of it today.
+        figures: What both have.
+        foretold: What was written down before the run was measured; None for runs that were
+            looked at while the model was made.
+    """
 
     record: Record
     prediction: Prediction
     figures: tuple[Figure, ...]
+    foretold: Foretold | None = None
 
     def error(self, figure: str) -> float | None:
         """Relative error of one figure; None where it was not measured."""
@@ -62,7 +72,7 @@ def predicted(record: Record) -> Prediction:
     return predict(model, recorded_job(record), gpu)
 
 
-def figures(record: Record, prediction: Prediction) -> tuple[Figure, ...]:
+def figures(record: Record, prediction: Prediction | Foretold) -> tuple[Figure, ...]:
     """Every number that both have, and that means the same in both.
 
     Reserved memory is compared on a roomy card only, and the process's whole memory only where
@@ -94,10 +104,13 @@ def figures(record: Record, prediction: Prediction) -> tuple[Figure, ...]:
 def rows(folder: Path) -> list[Row]:
     """Every record of a calibration folder with its prediction, by name."""
     found = []
+    foretold = read(folder / FILE_NAME)
     for path in sorted((folder / "runs").glob("*.json")):
         record = read_record(path)
         prediction = predicted(record)
-        found.append(Row(record, prediction, figures(record, prediction)))
+        found.append(
+            Row(record, prediction, figures(record, prediction), foretold.get(record.name))
+        )
     return found
 
 
@@ -145,6 +158,22 @@ def summary(found: Sequence[Row]) -> Table:
     """One row per figure; repeats of one job count once."""
     lines = [(name, *spread(errors)) for name in FIGURES if (errors := errors_of(found, name))]
     return Table("", ("figure", *SPREAD), tuple(lines))
+
+
+def beforehand(found: Sequence[Row]) -> Table:
+    """The errors of what was written down before the runs were measured."""
+    then = [
+        Row(row.record, row.prediction, figures(row.record, row.foretold))
+        for row in found
+        if row.foretold is not None
+    ]
+    return Table(
+        "Predicted before they were measured",
+        ("figure", *SPREAD),
+        summary(then).rows,
+        "The predictions were committed before the runs were made. These are the errors of the "
+        "predictions as they stood; what they taught is in all other tables.",
+    )
 
 
 def too_low(found: Sequence[Row]) -> Table:
@@ -375,7 +404,7 @@ def accuracy_page(folder: Path) -> Page:
         tuple(
             make(found)
             for make in (
-                summary, too_low, groups, left_out, emulated, limits, repeats, paging, details,
+                summary, beforehand, too_low, groups, left_out, emulated, limits, repeats, paging, details,
             )
         ),
     )  # fmt: skip

@@ -301,10 +301,10 @@ class Step:
                 for layer in layers:
                     hidden = self._layer(layer, hidden)
             self.marks.append(t.position)
-        env.kept = None
         if built.final_norm is not None:
             hidden = self.family.norm(t, built.final_norm, hidden, env)
         hidden = self.family.leave(t, built.outside, hidden, env)
+        env.kept = None
         del position_ids, held  # the model's forward holds them to its end
         if self.job.gradient_checkpointing:
             env.keep(env.dims.kinds)

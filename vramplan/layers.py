@@ -79,10 +79,12 @@ class Linear:
             return ops.matmul_8bit(t, x, rows, columns)
         dtype = x.dtype
         x = ops.to(t, x, self.compute)
-        out = ops.matmul_4bit(
-            t, x, rows, columns, self.dequantised, self.stored, biased=self.bias is not None
+        biased = self.bias is not None
+        return ops.to(
+            t,
+            ops.matmul_4bit(t, x, rows, columns, self.dequantised, self.stored, biased=biased),
+            dtype,
         )
-        return ops.to(t, out, dtype)
 
     def _plain(self, t: Tape, x: Tensor) -> Tensor:
         rows, columns = self.spec.out_features, self.spec.in_features

@@ -198,6 +198,7 @@ class Tape:
         self.phase = Phase.LOAD
         self.owner = ""
         self.kind = Kind.ACTIVATIONS
+        self.two_dimensional = False  # activations are [tokens, features], no reshape around mm
         self.live_bytes = 0
         self.peak_bytes = 0
         self.flops = 0

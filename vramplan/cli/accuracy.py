@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vramplan import foretold
 from vramplan.accuracy import accuracy_page
+from vramplan.catalogue import model_from_config
 from vramplan.cli import app
 from vramplan.errors import RecordError, UsageError
+from vramplan.gpus import find_gpu
+from vramplan.job import Job
+from vramplan.measure.spec import RunSpec, read_matrix
+from vramplan.prediction import Prediction
+from vramplan.prediction import predict as predict_job
 from vramplan.profile import REFERENCE_GPU
 from vramplan.record import write_text
 from vramplan.report.page import Page, to_csv, to_html, to_markdown
@@ -36,20 +45,49 @@ def accuracy(
             show_default=False,
         ),
     ] = None,
+    predict: Annotated[
+        Path | None,
+        typer.Option(
+            "--predict",
+            metavar="MATRIX",
+            help="Write predictions of this matrix's runs that are not measured yet (.json).",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
     """How right the predictions are, from recorded runs."""
+    forms = FORMS if predict is None else (".json",)
     for path in output or []:
-        if path.suffix not in FORMS:
-            raise UsageError(f"{path}: the name must end in {', '.join(FORMS)}")
+        if path.suffix not in forms:
+            raise UsageError(f"{path}: the name must end in {', '.join(forms)}")
         if path.exists() and not force:
             raise RecordError(f"{path} exists; replace it with --force")
-    page = accuracy_page(folder or profiles_dir() / "calibrations" / REFERENCE_GPU)
+    folder = folder or profiles_dir() / "calibrations" / REFERENCE_GPU
+    if predict is not None:
+        text = json.dumps(foretold.document(unmeasured(folder, predict)), indent=1) + "\n"
+        if not output:
+            print(text, end="")
+        for path in output or []:
+            write_text(path, text)
+        return
+    page = accuracy_page(folder)
     if not output:
         print(to_markdown(page), end="")
     for path in output or []:
         write_text(path, form(page, path.suffix))
         print(f"written: {path}", file=sys.stderr)
+
+
+def unmeasured(folder: Path, matrix: Path) -> Iterator[tuple[str, Prediction]]:
+    """Predictions for the runs of a matrix that have no record yet, on the folder's card."""
+    card = find_gpu(folder.name)
+    blank = RunSpec(name="", model="", config={}, job=Job())
+    for row in read_matrix(matrix, blank):
+        for spec in row.specs:
+            if not (folder / "runs" / f"{spec.name}.json").exists():
+                model = model_from_config(spec.config, spec.model)
+                yield spec.name, predict_job(model, spec.job, card)
 
 
 def form(page: Page, suffix: str) -> str:

@@ -103,6 +103,7 @@ def attention(t: Tape, m: Layer, x: Tensor, residual: Tensor, env: Env) -> tuple
     probs = ops.to(t, ops.softmax(t, weights, FP32), q.dtype)
     probs = dropout(t, probs, d.attention_dropout, "attention_dropout")
     context = ops.batched_matmul(t, ops.view(t, probs), v, q.numel, env.length, 1)
+    context = ops.view(t, context, copied=env.batch > 1)  # batch and heads no longer fold
     context = ops.copy(t, context)  # _merge_heads
     out = m.linears["self_attention.dense"](t, context)
     out = dropout_add(t, out, residual, d.residual_dropout)

@@ -215,8 +215,8 @@ def split_heads(t: Tape, x: Tensor, env: Env, *, value: bool = False) -> Tensor:
     """``x.view(hidden_shape).transpose(1, 2)``: [batch, heads, length, head_dim].
 
     Slices, plain products and repeated heads hand gradients back in that memory order, which takes
-    a copy to view as x again. Rotation slices queries and keys; a fused kernel's gradient of the
-    values lies in memory as they do.
+    a copy to view as x again. Rotation slices queries and keys; a fused kernel's gradient of what
+    was not rotated (``value``) lies in memory as that does.
     """
     several = x.numel > env.tokens * env.dims.head_dim
     grouped = env.dims.num_heads > env.dims.num_kv_heads
@@ -308,8 +308,7 @@ def attend(
         return eager_attention(t, q, k, v, env, contiguous=not contiguous)
     low_precision = (t.autocast or q.dtype) is not FP32  # all that cuDNN and FlashAttention know
     dims = env.dims
-    # cuDNN resolves a dropout in sixteenths
-    cudnn = picks_cudnn(env) and (dims.attention_dropout * 16).is_integer()
+    cudnn = picks_cudnn(env)
     fused = (env.mask is None or cudnn) and env.capability >= (8, 0) and low_precision
     if env.attention == "sdpa" and not fused:
         return _sdpa_without_flash(t, q, k, v, env, contiguous=contiguous), None
@@ -476,15 +475,34 @@ def make_mask(t: Tape, embeds: Tensor, env: Env, window: int | None) -> Tensor |
 
     Eager attention always gets a tensor, sdpa only where the sequence outgrows the window.
     """
-    size = env.tokens * env.length
     if env.attention == "eager":
-        allowed = t.new(size, BOOL, Kind.BATCH)
-        mask = t.new(size, embeds.dtype, Kind.BATCH)
+        allowed = allowed_positions(t, env, window)
+        mask = t.new(env.tokens * env.length, embeds.dtype, Kind.BATCH)
         del allowed
         return mask
     if env.attention == "sdpa" and window is not None and env.length >= window:
-        return t.new(size, BOOL, Kind.BATCH)
+        return allowed_positions(t, env, window)
     return None
+
+
+def allowed_positions(t: Tape, env: Env, window: int | None) -> Tensor:
+    """Which key each query sees [batch, 1, length, length]: ``and_masks`` makes several of them.
+
+    The window's and the causal one are joined first, without the batch; padding comes last.
+
+    Source: transformers 5.17.0 ``masking_utils.py`` (``and_masks``, ``sdpa_mask``).
+    """
+    square = env.length * env.length
+    joined: Tensor | None = None
+    for _ in range(1 if window is None else 2):
+        part = t.new(square, BOOL, Kind.BATCH)
+        joined = t.new(square, BOOL, Kind.BATCH)
+        del part
+    if window is not None:
+        joined = t.new(square, BOOL, Kind.BATCH)
+    allowed = t.new(env.tokens * env.length, BOOL, Kind.BATCH)
+    del joined
+    return allowed
 
 
 def rotary_prepare(t: Tape, embeds: Tensor, env: Env) -> None:

@@ -15,11 +15,13 @@ from vramplan.families.common import (
     Env,
     Family,
     activate,
+    allowed_positions,
     causal_mask,
     dropout,
     dropout_add,
     layer_norm,
     math_attention,
+    picks_cudnn,
     rotary_tables,
     rotate,
 )
@@ -124,7 +126,7 @@ def prepare(t: Tape, embeds: Tensor, env: Env) -> None:
         del positions
     causal_mask(t, embeds, env)
     if env.attention == "sdpa":
-        env.mask = t.new(env.tokens * env.length, BOOL, Kind.BATCH)  # allow_is_causal_skip=False
+        env.mask = allowed_positions(t, env, None)  # allow_is_causal_skip=False
     if env.alibi is not None:
         add_alibi(t, embeds, env)
     rotary_tables(t, embeds, env)
@@ -192,9 +194,12 @@ def fused_attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tenso
     shape = (env.batch, d.num_heads, kv_heads, env.length, d.head_dim)
     if env.attention == "flash_attention_2":
         return ops.fused_attention(t, q, k, v, shape, cudnn=False)
-    if kv_heads == d.num_heads:
-        return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
     p = d.attention_dropout if d.alibi else 0.0
+    if kv_heads == d.num_heads:
+        low_precision = (t.autocast or q.dtype) is not FP32
+        if low_precision and picks_cudnn(env):
+            return ops.fused_attention(t, q, k, v, shape, cudnn=True, mask=env.mask)
+        return ops.efficient_attention(t, q, k, v, shape, mask=env.mask)
     return ops.copy(t, math_attention(t, q, k, v, env, dropout=p, broadcast=True))
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import gemma, gemma2
-from vramplan.families.common import Env, attend, cos_sin, rotate_both
+from vramplan.families.common import Env, attend, cos_sin, rotate_both, split_heads
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, NormSpec
 from vramplan.tape import Tape, Tensor
@@ -45,9 +44,9 @@ def prepare(t: Tape, embeds: Tensor, env: Env) -> None:
 def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """Gemma3Attention.forward."""
     outer, t.owner = t.owner, f"{m.name}.self_attn"
-    q = ops.view(t, m.linears["self_attn.q_proj"](t, x))
-    k = ops.view(t, m.linears["self_attn.k_proj"](t, x))
-    v = ops.view(t, m.linears["self_attn.v_proj"](t, x))
+    q = split_heads(t, m.linears["self_attn.q_proj"](t, x), env)
+    k = split_heads(t, m.linears["self_attn.k_proj"](t, x), env)
+    v = split_heads(t, m.linears["self_attn.v_proj"](t, x), env, value=True)
     q = gemma.rms_norm(t, m.norms["self_attn.q_norm"], q, env)
     k = gemma.rms_norm(t, m.norms["self_attn.k_norm"], k, env)
     q, k = rotate_both(t, q, k, env)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama
-from vramplan.families.common import Env, Family, Shared, make_mask, repeat_kv
+from vramplan.families.common import Env, Family, Shared, make_mask, repeat_kv, split_heads
 from vramplan.families.experts import Routing, experts, read_experts
 from vramplan.families.mixtral import attention_specs
 from vramplan.formats import FP32
@@ -146,9 +146,9 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor]:
     """GptOssAttention.forward."""
     assert env.cos is not None and env.sin is not None
     outer, t.owner = t.owner, f"{m.name}.self_attn"
-    q = ops.view(t, m.linears["self_attn.q_proj"](t, x))
-    k = ops.view(t, m.linears["self_attn.k_proj"](t, x))
-    v = ops.view(t, m.linears["self_attn.v_proj"](t, x))
+    q = split_heads(t, m.linears["self_attn.q_proj"](t, x), env)
+    k = split_heads(t, m.linears["self_attn.k_proj"](t, x), env)
+    v = split_heads(t, m.linears["self_attn.v_proj"](t, x), env, value=True)
     q, k = rotate(t, q, env.cos, env.sin), rotate(t, k, env.cos, env.sin)
     out, weights = eager_attention(t, m, q, k, v, env)
     out = m.linears["self_attn.o_proj"](t, out)
@@ -181,7 +181,9 @@ def gate(t: Tape, gate_up: Tensor, env: Env) -> Tensor:
 def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor]:
     """GptOssMLP.forward; the router's scores are returned too."""
     outer, t.owner = t.owner, f"{m.name}.mlp"
+    t.two_dimensional = True
     routing = router(t, m, x, env)
+    t.two_dimensional = False
     out = experts(t, m, x, routing.indices, routing.scores, env, gate)
     t.owner = outer
     return out, routing.scores

@@ -70,9 +70,11 @@ def router(t: Tape, m: Layer, x: Tensor, env: Env) -> Routing:
 def sparse_mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """MixtralSparseMoeBlock.forward."""
     outer, t.owner = t.owner, f"{m.name}.mlp"
+    t.two_dimensional = True
     routing = router(t, m, x, env)
     out = experts(t, m, x, routing.indices, routing.scores, env)
     t.owner = outer
+    t.two_dimensional = False
     return out
 
 

@@ -10,7 +10,15 @@ from dataclasses import replace
 from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama
-from vramplan.families.common import Env, Family, attend, causal_mask, cos_sin, rotate
+from vramplan.families.common import (
+    Env,
+    Family,
+    attend,
+    causal_mask,
+    cos_sin,
+    rotate,
+    split_heads,
+)
 from vramplan.formats import FP32
 from vramplan.layers import Layer, Norm
 from vramplan.model import Architecture, Dims, NormSpec
@@ -66,9 +74,9 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
     q = rms_norm(t, m.norms["self_attn.q_norm"], m.linears["self_attn.q_proj"](t, x), env)
     k = rms_norm(t, m.norms["self_attn.k_norm"], m.linears["self_attn.k_proj"](t, x), env)
     v = m.linears["self_attn.v_proj"](t, x)
-    q = ops.view(t, q)
-    k = ops.view(t, k)
-    v = ops.view(t, v)
+    q = split_heads(t, q, env)
+    k = split_heads(t, k, env)
+    v = split_heads(t, v, env, value=True)
     q, k = rotate_both(t, q, k, env)
     out, weights = attend(t, q, k, v, env)
     out = m.linears["self_attn.o_proj"](t, out)

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from vramplan import ops
 from vramplan.config import MAX_LAYERS, ConfigReader
-from vramplan.families.common import Env, Family, activate, attend, causal_mask, layer_norm
+from vramplan.families.common import (
+    Env,
+    Family,
+    activate,
+    attend,
+    causal_mask,
+    layer_norm,
+    split_heads,
+)
 from vramplan.formats import INT64
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, EmbeddingSpec, LinearSpec, ModuleSpec, NormSpec
@@ -108,11 +116,12 @@ def leave(t: Tape, outside: Layer, hidden: Tensor, env: Env) -> Tensor:
 def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
     """OPTAttention.forward."""
     outer, t.owner = t.owner, f"{m.name}.self_attn"
-    q = ops.view(t, ops.scale(t, m.linears["self_attn.q_proj"](t, x)))
+    # nothing rotates them: the gradients of all three lie in memory as they do
+    q = split_heads(t, ops.scale(t, m.linears["self_attn.q_proj"](t, x)), env, value=True)
     k = m.linears["self_attn.k_proj"](t, x)
     v = m.linears["self_attn.v_proj"](t, x)
-    k = ops.view(t, k)
-    v = ops.view(t, v)
+    k = split_heads(t, k, env, value=True)
+    v = split_heads(t, v, env, value=True)
     out, weights = attend(t, q, k, v, env)
     out = m.linears["self_attn.out_proj"](t, out)
     t.owner = outer

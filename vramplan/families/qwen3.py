@@ -44,7 +44,7 @@ def attention(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor | 
 
 def _normed(t: Tape, m: Layer, name: str, x: Tensor, env: Env) -> Tensor:
     """``q_norm(q_proj(x).view(hidden_shape)).transpose(1, 2)``."""
-    states = ops.view(t, m.linears[f"self_attn.{name}_proj"](t, x))
+    states = split_heads(t, m.linears[f"self_attn.{name}_proj"](t, x), env)
     return ops.view(t, rms_norm(t, m.norms[f"self_attn.{name}_norm"], states, env))
 
 

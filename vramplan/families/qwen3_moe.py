@@ -74,9 +74,11 @@ def architecture(d: Dims) -> Architecture:
 def sparse_mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """Qwen3MoeSparseMoeBlock.forward."""
     outer, t.owner = t.owner, f"{m.name}.mlp"
+    t.two_dimensional = True
     routing = router(t, m, x, env)
     out = experts(t, m, x, routing.indices, routing.scores, env)
     t.owner = outer
+    t.two_dimensional = False
     return out
 
 

@@ -324,11 +324,14 @@ def activation(name: str) -> Callable[[Tape, Tensor], Tensor]:
 
 
 def dropout(t: Tape, x: Tensor, p: float) -> Tensor:
-    """``F.dropout`` in training: a mask of one byte an element; nothing at all for p = 0."""
+    """``F.dropout`` in training: a mask of one byte an element; nothing at all for p = 0.
+
+    Source: torch 2.11 ``aten/src/ATen/native/cuda/Dropout.cu`` (the mask comes first).
+    """
     if p == 0:
         return x
-    out = t.new(x.numel, x.dtype)
     mask = t.new(x.numel, BOOL)
+    out = t.new(x.numel, x.dtype)
     if x.node is not None:
         out.node = t.node((x.node,), _dropout_backward, (mask,))
     return out

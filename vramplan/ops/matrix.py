@@ -45,6 +45,7 @@ def falcon_linear(
         w = to(t, w, t.autocast)
         x = to(t, x, t.autocast)
     out = _product(t, x, w, None, rows, columns)
+    del x, w  # what autocast cast goes with the product
     return out if bias is None else add(t, out, bias)
 
 
@@ -57,14 +58,14 @@ def _product(t: Tape, x: Tensor, w: Tensor, b: Tensor | None, rows: int, columns
     node = None
     if edges != (None, None, None):
         saved = ((x,) if edges[1] is not None else ()) + ((w,) if edges[0] is not None else ())
-        node = t.node(edges, _linear_backward, saved, (tokens, rows, columns))
+        node = t.node(edges, _linear_backward, saved, (tokens, rows, columns, t.two_dimensional))
     out = t.new(tokens * rows, x.dtype, node=node)
     t.use("cublas" if b is None else "cublaslt")
     return out
 
 
 def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
-    tokens, rows, columns = node.args
+    tokens, rows, columns, two_dimensional = node.args
     for saved in node.saved:
         t.unpack(saved)
     x_edge, w_edge, b_edge = node.edges
@@ -83,9 +84,10 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     gb = leaf_grad(t, rows, grad.dtype, b_edge)  # the engine sums over the tokens
     if gb is not None:
         column_sum(t, tokens, rows)
-    for viewed in (gx, gw):  # reshaped, transposed
-        if viewed is not None:
-            viewed.aliased = True
+    if gx is not None:
+        gx.aliased = not two_dimensional  # [batch, length, features]: reshaped
+    if gw is not None:
+        gw.aliased = True  # transposed
     return gx, gw, gb
 
 

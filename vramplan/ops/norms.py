@@ -116,18 +116,27 @@ def embedding(
     node = None
     if weight.node is not None:
         kept = () if indices is None else (indices,)
-        node = t.node((weight,), _embedding_backward, kept, (weight.numel, num_tokens))
+        node = t.node((weight,), _embedding_backward, kept, (weight.numel, num_tokens, width))
     return t.new(num_tokens * width, weight.dtype, node=node)
 
 
 def _embedding_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
-    numel, num_tokens = node.args
+    """``embedding_dense_backward``: above 3072 indices they are sorted and rows summed in parts.
+
+    Source: torch 2.11 ``aten/src/ATen/native/cuda/Embedding.cu``,
+    ``EmbeddingBackwardKernel.cu`` (NROWS_PER_THREAD = 10).
+    """
+    numel, num_tokens, width = node.args
     for saved in node.saved:
         t.unpack(saved)
     gw = t.new(numel, grad.dtype, Kind.GRADIENTS)
-    # embedding_dense_backward_cuda sorts the indices above 3072 of them
     if num_tokens > 3072:
+        segments = min(num_tokens, numel // width)
+        parts = num_tokens // 10 + segments
         scratch = [t.new(num_tokens, INT64, Kind.WORKSPACE) for _ in range(3)]
+        scratch += [t.new(segments, INT64, Kind.WORKSPACE) for _ in range(2)]
+        scratch.append(t.new(parts, INT64, Kind.WORKSPACE))
+        scratch.append(t.new(parts * width, FP32, Kind.WORKSPACE))
         del scratch
     return (gw,)
 

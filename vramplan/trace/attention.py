@@ -55,7 +55,8 @@ def scaled_dot_product_attention(
         return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     half = query.dtype in (torch.bfloat16, torch.float16)
     fits = enable_gqa or not grouped
-    cudnn = capability >= (9, 0) and (dropout_p * 16).is_integer()
+    widest = 256 if capability == (9, 0) else 128
+    cudnn = capability in ((9, 0), (10, 0), (10, 3)) and query.shape[-1] <= widest
     if half and (attn_mask is None or cudnn) and fits and capability >= (8, 0):
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)

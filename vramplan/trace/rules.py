@@ -31,6 +31,7 @@ from vramplan.trace.tracker import Books, Hidden
 aten = torch.ops.aten
 HALVES = (torch.bfloat16, torch.float16)
 SORTED_EMBEDDING_TOKENS = 3072
+SORTED_EMBEDDING_ROWS = 10  # NROWS_PER_THREAD
 FOREACH_CHUNK = 65536
 
 RULES = {
@@ -60,8 +61,8 @@ RULES = {
     "(bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback)",
     "LLM.int8": "a CPU trains by dequantised weights, CUDA by int8 products; no outlier columns "
     "(bitsandbytes/autograd/_functions.py, backends/cuda/ops.py, backends/default/ops.py)",
-    "sorted embedding": "embedding_dense_backward sorts its indices above 3072 of them "
-    "(aten/src/ATen/native/cuda/Embedding.cu)",
+    "sorted embedding": "embedding_dense_backward sorts its indices above 3072 of them and sums "
+    "rows in parts, in fp32 (aten/src/ATen/native/cuda/Embedding.cu, EmbeddingBackwardKernel.cu)",
     "grouped product": "fp32 and fp16 operands fall back to a loop on CUDA; the meta kernel "
     "refuses them (aten/src/ATen/native/cuda/GroupedBlas.cpp, torch/_meta_registrations.py)",
     "softmax gradient": "the gradient of softmax begins with grad * result in a tensor of its own "
@@ -231,8 +232,12 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
         return [*nested, shape[0] * shape[1] * x.element_size()]
 
     def embedding_backward(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
-        count = args[1].numel()
-        return [count * 8] * 3 if count > SORTED_EMBEDDING_TOKENS else []
+        count, width = args[1].numel(), args[0].shape[-1]
+        if count <= SORTED_EMBEDDING_TOKENS:
+            return []
+        segments = min(count, args[2])
+        parts = count // SORTED_EMBEDDING_ROWS + segments
+        return [count * 8] * 3 + [segments * 8] * 2 + [parts * 8, parts * width * 4]
 
     def softmax_gradient(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
         return [args[0].numel() * args[0].element_size()]

@@ -1,0 +1,77 @@
+"""Predictions written down before their runs were measured.
+
+``vramplan accuracy --predict MATRIX -o predictions.json`` writes them; the file is committed, the
+matrix is measured, and the accuracy record then compares the runs with what was written, whatever
+the code has become since.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vramplan.errors import RecordError
+from vramplan.prediction import Prediction
+from vramplan.record import MAX_RECORD_BYTES, provenance
+
+SCHEMA_VERSION = 1
+FILE_NAME = "predictions.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """The numbers of a prediction as they were written down, in bytes.
+
+    Attributes:
+        ready_bytes: Allocated when training is about to start.
+        peak_allocated_bytes: Largest allocated from the second step on.
+        peak_reserved_bytes: Most reserved on a roomy card.
+        min_limit_bytes: Smallest allocator limit at which it runs.
+        device_peak_bytes: What the driver shows for the process.
+        load_peak_bytes: Largest allocated while loading.
+        paged_bytes: Optimizer state in managed memory.
+    """
+
+    ready_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    min_limit_bytes: int
+    device_peak_bytes: int
+    load_peak_bytes: int
+    paged_bytes: int
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> Foretold:
+        """What a prediction says now."""
+        return cls(**{field.name: getattr(prediction, field.name) for field in fields(cls)})
+
+
+def document(found: Iterable[tuple[str, Prediction]]) -> dict[str, Any]:
+    """The file's content: predictions by the name of their run."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **provenance(),
+        "predictions": {name: asdict(Foretold.of(prediction)) for name, prediction in found},
+    }
+
+
+def read(path: Path) -> Mapping[str, Foretold]:
+    """The predictions of a file by the name of their run; none if there is no file.
+
+    Raises:
+        RecordError: If the file is not such a file, or of a newer version.
+    """
+    if not path.exists():
+        return {}
+    try:
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise RecordError(f"{path} is too large for a file of predictions")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema_version"] > SCHEMA_VERSION:
+            raise RecordError(f"{path} has a newer schema_version than this vramplan reads")
+        return {name: Foretold(**numbers) for name, numbers in content["predictions"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RecordError(f"{path} cannot be read as predictions: {error!r}") from None
