@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from vramplan.errors import UsageError
+from vramplan.evaluate import EvaluationLoop
 from vramplan.families import Family, find_family
 from vramplan.families.common import Env
 from vramplan.forward import Forward
@@ -36,7 +37,7 @@ class Estimate:
 
     Attributes:
         ready_bytes: Allocated when training is about to start.
-        peak_allocated_bytes: Largest allocated from the second step on.
+        peak_allocated_bytes: Largest allocated from the second step on, evaluation included.
         load_peak_bytes: Largest allocated while loading and preparing.
         static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
         optimizer_bytes: Optimizer state on the device.
@@ -177,17 +178,22 @@ class Step:
         self._optimizer_step()
         step_peak = t.peak_bytes
         steps = self.job.gradient_accumulation_steps
-        t.peak_bytes = max(before, walk_peak, step_peak)
+        work = t.flops, t.moved_bytes
+        t.peak_bytes = 0
+        if self.job.evaluate:
+            EvaluationLoop(t, self.family, self.built, self.job, self.env).run()
+        evaluate_peak = t.peak_bytes
+        t.peak_bytes = max(before, walk_peak, step_peak, evaluate_peak)
         t.finish()
         return Estimate(
             ready_bytes=ready,
-            peak_allocated_bytes=max(walk_peak, step_peak),
+            peak_allocated_bytes=max(walk_peak, step_peak, evaluate_peak),
             load_peak_bytes=load_peak,
             static_bytes=static,
             optimizer_bytes=optimizer_bytes,
             paged_bytes=paged,
-            flops=t.flops * steps // min(steps, 2),
-            moved_bytes=t.moved_bytes * steps // min(steps, 2),
+            flops=work[0] * steps // min(steps, 2),
+            moved_bytes=work[1] * steps // min(steps, 2),
             num_trainable=self.built.num_trainable,
             tape=t,
         )

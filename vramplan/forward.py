@@ -53,15 +53,18 @@ class Forward:
         t.owner = "batch"
         return [t.new(self.env.tokens, INT64, Kind.BATCH) for _ in range(3)]
 
-    def run(self) -> tuple[Tensor, Tensor]:
+    def run(self, *, whole: bool = True) -> tuple[Tensor, Tensor]:
         """The model's forward and what accelerate wraps around it.
+
+        Args:
+            whole: Whether to walk the decoder; otherwise only what has a vocabulary dimension.
 
         Returns:
             The loss and the logits as accelerate hands them on, in fp32 under mixed precision.
         """
         t = self.tape
         with t.autocasting():
-            loss, logits = self._causal_lm()
+            loss, logits = self._causal_lm(whole)
         if self.env.job.autocast_dtype is not None:
             with t.no_autocast():
                 t.kind = Kind.LOGITS
@@ -69,10 +72,10 @@ class Forward:
         t.kind = Kind.ACTIVATIONS
         return loss, logits
 
-    def _causal_lm(self) -> tuple[Tensor, Tensor]:
+    def _causal_lm(self, whole: bool) -> tuple[Tensor, Tensor]:
         """...ForCausalLM.forward."""
         t = self.tape
-        hidden = self._decoder()
+        hidden = self._decoder() if whole else self._hidden()
         self.marks.append(t.position)
         t.kind = Kind.LOGITS
         if self.training:
@@ -113,6 +116,11 @@ class Forward:
         else:  # nobody will run a block again: the graph alone holds tables, and no masks
             env.keep(self._folded_kinds(), masks=False)
         return hidden
+
+    def _hidden(self) -> Tensor:
+        """The decoder's result alone."""
+        spec = self.built.embedding.spec
+        return self.tape.new(self.env.tokens * spec.width, self.built.embedding.weight.dtype)
 
     def _folded_kinds(self) -> set[str]:
         """Kinds of which no layer is written out before the folded ones.

@@ -319,6 +319,12 @@ class Built:
                     if param.storage is not None and param.storage.nbytes != nbytes:
                         param.storage = Storage(self.t, nbytes, Kind.ADAPTERS, param.owner)
 
+    def adapters(self) -> list[Adapter]:
+        """Every layer's LoRA matrices."""
+        layers = [self.outside, *(layer for layers in self.layers for layer in layers)]
+        linears = [linear for layer in layers for linear in layer.linears.values()]
+        return [x.adapter for x in (*linears, self.head) if x.adapter is not None]
+
     def _adapt(self, linears: Iterable[Linear], copies: int) -> list[Param]:
         """LoRA matrices for those that are targets; the two of each, in order."""
         r, made = self.job.lora_r, []
