@@ -39,6 +39,7 @@ class Estimate:
         ready_bytes: Allocated when training is about to start.
         peak_allocated_bytes: Largest allocated from the second step on, evaluation included.
         load_peak_bytes: Largest allocated while loading and preparing.
+        evaluate_peak_bytes: Largest allocated in an evaluation; None for a job without.
         static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
         optimizer_bytes: Optimizer state on the device.
         paged_bytes: Optimizer state in managed memory.
@@ -51,6 +52,7 @@ class Estimate:
     ready_bytes: int
     peak_allocated_bytes: int
     load_peak_bytes: int
+    evaluate_peak_bytes: int | None
     static_bytes: int
     optimizer_bytes: int
     paged_bytes: int
@@ -189,6 +191,7 @@ class Step:
             ready_bytes=ready,
             peak_allocated_bytes=max(walk_peak, step_peak, evaluate_peak),
             load_peak_bytes=load_peak,
+            evaluate_peak_bytes=evaluate_peak if self.job.evaluate else None,
             static_bytes=static,
             optimizer_bytes=optimizer_bytes,
             paged_bytes=paged,

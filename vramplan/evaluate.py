@@ -92,6 +92,7 @@ class EvaluationLoop:
             adapter.dropout = 0.0
         inputs: list[Tensor] = []
         results: tuple[Tensor, ...] = ()
+        trained = Forward(t, self.family, self.built, self.env).batch()  # training names it still
         with t.no_grad(self.built.trainable):
             for number, size in enumerate(batches_walked(job), 1):
                 if size < 0:  # left out
@@ -107,7 +108,7 @@ class EvaluationLoop:
                     t.empty_cache()
         self._to_cpu()
         t.kind = Kind.ACTIVATIONS
-        del inputs, results
+        del inputs, results, trained
 
     def _forward(self, size: int) -> Forward:
         tokens = size * self.job.seq_len
@@ -124,16 +125,18 @@ class EvaluationLoop:
         num_items = t.new(1, INT64)
         del counted
         t.kind = Kind.ACTIVATIONS
-        loss, logits = forward.run(whole=whole)
-        loss = t.new(1, FP32)  # mean()
+        logits = forward.run(whole=whole)[1]
+        mean = t.new(1, FP32)
         del num_items
         if not job.eval_logits:
             del logits
-            return (t.new(job.eval_batch_size, FP32),)
-        return t.new(job.eval_batch_size, FP32), logits, inputs[-1]  # losses.repeat(batch_size)
+        losses = t.new(job.eval_batch_size, FP32)  # losses.repeat(batch_size)
+        del mean
+        return (losses, logits, inputs[-1]) if job.eval_logits else (losses,)
 
     def _keep(self, results: tuple[Tensor, ...]) -> None:
-        for container, tensor in zip((self.losses, self.logits, self.labels), results, strict=False):
+        containers = (self.losses, self.logits, self.labels)
+        for container, tensor in zip(containers, results, strict=False):
             container.add(tensor)
 
     def _skip(self, size: int) -> None:

@@ -78,9 +78,9 @@ class Forward:
         hidden = self._decoder() if whole else self._hidden()
         self.marks.append(t.position)
         t.kind = Kind.LOGITS
+        logits = self.family.head(t, self.built.head, hidden, self.env)
         if self.training:
             t.phase = Phase.LOSS
-        logits = self.family.head(t, self.built.head, hidden, self.env)
         t.owner = "loss"
         return self._loss(logits), logits
 
@@ -167,4 +167,3 @@ class Forward:
         shifted = t.new(self.env.tokens, INT64, Kind.BATCH)
         del labels
         return ops.cross_entropy(t, upcast, shifted)
-

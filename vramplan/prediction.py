@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from vramplan.estimate import DEFAULT_CAPABILITY, Estimate, estimate
 from vramplan.job import Job
+from vramplan.loading import load_peak_bytes
 from vramplan.model import Model
+from vramplan.phases import first_step_peak, phase_peaks, save_bytes
 from vramplan.profile import Profile, profile_for
 from vramplan.replay import Replay
-from vramplan.timeline import Kind, Peak
+from vramplan.timeline import BEFORE_TRAINING, Kind, Peak, Phase
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
@@ -30,6 +32,7 @@ class Prediction:
         profile: The measured constants it uses.
         cache: What the caching allocator makes of the walk.
         process_bytes: What the process holds beyond reserved memory.
+        load_bytes: Largest allocated while ``from_pretrained`` loads the model.
         download_bytes: The checkpoint on disk.
         adapter_bytes: What training saves: the adapter, or the whole model.
     """
@@ -40,6 +43,7 @@ class Prediction:
     profile: Profile
     cache: ReplayedCache | SimilarCache
     process_bytes: int
+    load_bytes: int
     download_bytes: int
     adapter_bytes: int
 
@@ -53,24 +57,66 @@ class Prediction:
         """Largest allocated while the model is loaded, quantised and prepared.
 
         Known limitations:
-            One weight at a time; transformers may have a few more in flight.
+            Small parameters of repeated layers are taken as fp32 from the start of preparing.
         """
-        return self.estimate.load_peak_bytes
+        return max(self.load_bytes, self.estimate.load_peak_bytes)
+
+    @property
+    def first_step_peak_allocated_bytes(self) -> int:
+        """Largest allocated in the first step: optimizer state and a workspace come during it."""
+        return first_step_peak(self.estimate.timeline) + self.cache.slack_bytes
+
+    @property
+    def evaluate_peak_allocated_bytes(self) -> int | None:
+        """Largest allocated in an evaluation; None for a job without."""
+        peak = self.estimate.evaluate_peak_bytes
+        return None if peak is None else peak + self.cache.slack_bytes
+
+    @property
+    def save_peak_allocated_bytes(self) -> int:
+        """Largest allocated while a checkpoint is saved: nothing beside what is there already."""
+        held = self.estimate.static_bytes + save_bytes(self.model, self.job)
+        return held + self.cache.slack_bytes
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most: load, prepare, one of the step's, or evaluate."""
+        if self.load_peak_bytes > self.peak_allocated_bytes:
+            loads = self.load_bytes >= self.estimate.load_peak_bytes
+            return (Phase.LOAD if loads else Phase.PREPARE).value
+        return self.peak().phase.value
+
+    def phases(self) -> dict[str, int]:
+        """Largest allocated in every phase, in bytes, in the order of a run."""
+        walked = phase_peaks(self.estimate.timeline)
+        slack = self.cache.slack_bytes
+        return (
+            {
+                Phase.LOAD.value: self.load_bytes,
+                Phase.PREPARE.value: max(self.estimate.load_peak_bytes, self.ready_bytes),
+            }
+            | {p.value: n + slack for p, n in walked.items() if p not in BEFORE_TRAINING}
+            | {Phase.SAVE.value: self.save_peak_allocated_bytes}
+        )
 
     @property
     def peak_allocated_bytes(self) -> int:
-        """Largest allocated from the second step on, unsplit blocks at their full size."""
+        """Largest allocated from the second step on, evaluation included.
+
+        Unsplit blocks count at their full size.
+        """
         return self.estimate.peak_allocated_bytes + self.cache.slack_bytes
 
     @property
     def peak_reserved_bytes(self) -> int:
         """Largest reserved by the caching allocator on a roomy card."""
-        return max(self.cache.reserved_bytes, self.peak_allocated_bytes)
+        return max(self.cache.reserved_bytes, self.peak_allocated_bytes, self.load_peak_bytes)
 
     @property
     def min_limit_bytes(self) -> int:
         """Smallest allocator limit at which the job still runs (costs a search)."""
-        return max(self.cache.min_limit_bytes(), self.estimate.peak_allocated_bytes)
+        walked = self.estimate.peak_allocated_bytes
+        return max(self.cache.min_limit_bytes(), walked, self.load_peak_bytes)
 
     @property
     def context_bytes(self) -> int:
@@ -186,6 +232,7 @@ def predict(
         profile=profile,
         cache=cache,
         process_bytes=profile.process_bytes(bitsandbytes=job.uses_bitsandbytes),
+        load_bytes=load_peak_bytes(model, job),
         download_bytes=model.num_parameters * model.dims.dtype.size,
         adapter_bytes=_saved_bytes(model, job, walked),
     )
@@ -265,7 +312,7 @@ def judge(prediction: Prediction, name: str, usable_bytes: int) -> Verdict:
     if room >= 0:
         return Verdict(name, usable_bytes, "fits", room)
     limit = int((usable_bytes - prediction.process_bytes) / (1 + LIMIT_MARGIN))
-    spare = limit - prediction.cache.min_limit_bytes()
+    spare = limit - prediction.min_limit_bytes
     return Verdict(name, usable_bytes, "tight" if spare >= 0 else "no", spare)
 
 
