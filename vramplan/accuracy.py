@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +15,11 @@ from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UnknownNameError
 from vramplan.gpus import Gpu, find_gpu
 from vramplan.job import Job
+from vramplan.loading import replayed_load
 from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.report.page import Page, Table
+from vramplan.timeline import BEFORE_TRAINING, Phase
 from vramplan.units import MIB
 
 REPEAT = "-repeat"
@@ -50,8 +52,13 @@ class Row:
         return next((f.error for f in self.figures if f.name == figure), None)
 
 
-def predicted(record: Record) -> Prediction:
-    """The estimate of a recorded job on its card."""
+def predicted(record: Record, *, evaluated: bool = False) -> Prediction:
+    """The estimate of a recorded job on its card.
+
+    Args:
+        record: The run.
+        evaluated: Whether with its evaluation, which the figures of its steps leave out.
+    """
     gpu: Gpu | None = None
     if record.gpu.slug:
         try:
@@ -59,7 +66,8 @@ def predicted(record: Record) -> Prediction:
         except UnknownNameError:
             gpu = None
     model = model_from_config(record.config, record.model)
-    return predict(model, Job.from_dict(record.job), gpu)
+    job = Job.from_dict(record.job)
+    return predict(model, job.evaluated(record.run) if evaluated else job, gpu)
 
 
 def figures(record: Record, prediction: Prediction) -> tuple[Figure, ...]:
@@ -73,7 +81,11 @@ def figures(record: Record, prediction: Prediction) -> tuple[Figure, ...]:
     roomy = run.limit_bytes is None
     found = [Figure("ready", record.ready_bytes, prediction.ready_bytes)]
     if run.weights != "random":
-        found.append(Figure("load peak", record.load_peak_bytes, prediction.load_peak_bytes))
+        found.append(
+            Figure(
+                "load", record.load_peak_bytes, replayed_load(prediction.model, prediction.job)[0]
+            )
+        )
     found.append(
         Figure("peak allocated", record.peak_allocated_bytes, prediction.peak_allocated_bytes)
     )
@@ -88,7 +100,21 @@ def figures(record: Record, prediction: Prediction) -> tuple[Figure, ...]:
         found.append(Figure("smallest limit", least, prediction.min_limit_bytes))
     if record.paged_bytes is not None:
         found.append(Figure("paged", record.paged_bytes, prediction.paged_bytes))
-    return tuple(found)
+    return (*found, *phase_figures(record, prediction))
+
+
+def phase_figures(record: Record, prediction: Prediction) -> Iterator[Figure]:
+    """The peaks of single phases: allocated bytes, and what an evaluation leaves reserved."""
+    first = prediction.first_step_peak_allocated_bytes
+    yield Figure("first step", record.first_step_peak_allocated_bytes, first)
+    planned = predicted(record, evaluated=True) if record.run.evaluate else prediction
+    for phase, size in planned.phases().items():
+        if phase not in BEFORE_TRAINING and phase in record.phases:
+            yield Figure(phase, record.phases[phase].peak_allocated_bytes, size)
+    if record.run.evaluate and record.run.limit_bytes is None:
+        measured = record.phases.get(Phase.EVALUATE.value)
+        reserved = None if measured is None else measured.peak_reserved_bytes
+        yield Figure("reserved by evaluating", reserved, planned.peak_reserved_bytes)
 
 
 def rows(folder: Path) -> list[Row]:
@@ -104,6 +130,10 @@ def rows(folder: Path) -> list[Row]:
 # -- the tables ------------------------------------------------------------------------------------
 
 FIGURES = ("ready", "peak allocated", "peak reserved", "device peak", "smallest limit")
+PHASES = (
+    "load", "first step", "forward", "loss", "backward", "step", "evaluate",
+    "reserved by evaluating", "save",
+)  # fmt: skip
 SPREAD = ("runs", "median", "off by, median", "90 % within", "worst", "which")
 
 
@@ -191,6 +221,18 @@ def groups(found: Sequence[Row]) -> Table:
         if (errors := errors_of([row for row in found if key(row) == name], "peak allocated"))
     ]
     return Table("Peak allocated by kind of run", ("runs of", *SPREAD), tuple(lines))
+
+
+def phases(found: Sequence[Row]) -> Table:
+    """The peak of every phase."""
+    lines = [(name, *spread(errors)) for name in PHASES if (errors := errors_of(found, name))]
+    return Table(
+        "Phase by phase",
+        ("phase", *SPREAD),
+        tuple(lines),
+        "Allocated bytes, largest in the phase. Evaluation and saving happen behind the last step "
+        "but one. Random weights are not loaded as a checkpoint is: loading is left out.",
+    )
 
 
 def left_out(found: Sequence[Row]) -> Table:
@@ -375,7 +417,8 @@ def accuracy_page(folder: Path) -> Page:
         tuple(
             make(found)
             for make in (
-                summary, too_low, groups, left_out, emulated, limits, repeats, paging, details,
+                summary, too_low, groups, phases, left_out, emulated, limits, repeats, paging,
+                details,
             )
         ),
     )  # fmt: skip

@@ -161,6 +161,7 @@ class Adviser:
     def _candidates(self) -> Iterator[Switch]:
         """Switches that change this job, the gentlest first."""
         job = self.job
+        yield from evaluation_switches(job)
         if not job.gradient_checkpointing:
             yield Switch(
                 "--gradient-checkpointing",
@@ -242,6 +243,18 @@ class Adviser:
                 # the least saving that suffices is the smallest change
                 return sorted(found, key=lambda advice: -advice.device_peak_bytes)[:3]
         return []
+
+
+def evaluation_switches(job: Job) -> Iterator[Switch]:
+    """What makes an evaluation smaller."""
+    if job.eval_logits and job.eval_accumulation_steps != 1:
+        yield Switch(
+            "--eval-accumulation-steps 1",
+            "logits leave the card after every batch",
+            (("eval_accumulation_steps", 1),),
+        )
+    if job.evaluate and job.eval_batch_size > 1:
+        yield Switch("--eval-batch-size 1", "evaluate one by one", (("eval_batch_size", 1),))
 
 
 def search_largest(

@@ -188,6 +188,16 @@ class Job:
         """Dtype of the adapters: peft makes half-precision ones fp32 (autocast_adapter_dtype)."""
         return FP32
 
+    def evaluated(self, run: object) -> Job:
+        """This job with the evaluation of a measured run.
+
+        Args:
+            run: Its specification or what a record keeps of it; has every name of ``EVALUATION``.
+        """
+        if not getattr(run, "evaluate", False):
+            return self
+        return self.but(**{name: getattr(run, name) for name in EVALUATION})
+
     def but(self, **changes: Any) -> Job:
         """The same job with some fields changed."""
         return replace(self, **changes)

@@ -27,9 +27,10 @@ from typing import NamedTuple
 from vramplan.formats import FP16, QUANT_FORMATS
 from vramplan.job import Job
 from vramplan.model import EmbeddingSpec, LinearSpec, Model, ModuleSpec, ParameterSpec
-from vramplan.replay import Request
+from vramplan.replay import Request, replay
 from vramplan.units import round_block
 
+RENAMED = {"gpt_neox": {"lm_head": "embed_out"}}  # names in the checkpoint, by which it is sorted
 STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")  # experts that lie singly in the checkpoint
 
 
@@ -63,6 +64,12 @@ def weights(model: Model, job: Job) -> list[list[Weight]]:
         outside += _tensors(model, job, head, quantised=False)
     elif head.bias:
         outside.append(_plain(f"{head.name}.bias", head.out_features, job))
+    names = RENAMED.get(model.family, {})
+    outside = [
+        weight._replace(name=f"{names.get(module, module)}.{last}")
+        for weight in outside
+        for module, _, last in [weight.name.rpartition(".")]
+    ]
     layers = {
         kind: _in_order(w for spec in arch.block_of(kind) for w in _tensors(model, job, spec))
         for kind in set(dims.kinds)
@@ -91,8 +98,18 @@ def load_requests(model: Model, job: Job) -> list[Request]:
     return requests + [(number + n, size) for n, size in enumerate(_buffers(model), 1)]
 
 
+def replayed_load(model: Model, job: Job) -> tuple[int, int]:
+    """Largest allocated and reserved while loading, unsplit blocks at their full size, in bytes.
+
+    Six recorded loads of real checkpoints show the reserved bytes exactly; see
+    ``tests/unit/test_loading.py``.
+    """
+    allocator = replay(load_requests(model, job))
+    return allocator.peak_allocated, allocator.peak_reserved
+
+
 def load_peak_bytes(model: Model, job: Job) -> int:
-    """Most bytes allocated while the weights are loaded.
+    """Most bytes allocated while the weights are loaded, blocks at the size asked for.
 
     Args:
         model: The model.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vramplan.estimate import DEFAULT_CAPABILITY, Estimate, estimate
 from vramplan.job import Job
-from vramplan.loading import load_peak_bytes
+from vramplan.loading import load_peak_bytes, replayed_load
 from vramplan.model import Model
 from vramplan.phases import first_step_peak, phase_peaks, save_bytes
 from vramplan.profile import Profile, profile_for
@@ -59,6 +59,11 @@ class Prediction:
         Known limitations:
             Small parameters of repeated layers are taken as fp32 from the start of preparing.
         """
+        return max(replayed_load(self.model, self.job)[0], self.estimate.load_peak_bytes)
+
+    @property
+    def before_training_bytes(self) -> int:
+        """Most that loading and preparing need at once, whatever the allocator makes of it."""
         return max(self.load_bytes, self.estimate.load_peak_bytes)
 
     @property
@@ -81,7 +86,7 @@ class Prediction:
     @property
     def peak_phase(self) -> str:
         """The phase that needs most: load, prepare, one of the step's, or evaluate."""
-        if self.load_peak_bytes > self.peak_allocated_bytes:
+        if self.before_training_bytes > self.peak_allocated_bytes:
             loads = self.load_bytes >= self.estimate.load_peak_bytes
             return (Phase.LOAD if loads else Phase.PREPARE).value
         return self.peak().phase.value
@@ -92,7 +97,7 @@ class Prediction:
         slack = self.cache.slack_bytes
         return (
             {
-                Phase.LOAD.value: self.load_bytes,
+                Phase.LOAD.value: replayed_load(self.model, self.job)[0],
                 Phase.PREPARE.value: max(self.estimate.load_peak_bytes, self.ready_bytes),
             }
             | {p.value: n + slack for p, n in walked.items() if p not in BEFORE_TRAINING}
@@ -110,13 +115,14 @@ class Prediction:
     @property
     def peak_reserved_bytes(self) -> int:
         """Largest reserved by the caching allocator on a roomy card."""
-        return max(self.cache.reserved_bytes, self.peak_allocated_bytes, self.load_peak_bytes)
+        peak = self.peak_allocated_bytes
+        return max(self.cache.reserved_bytes, peak, self.before_training_bytes)
 
     @property
     def min_limit_bytes(self) -> int:
         """Smallest allocator limit at which the job still runs (costs a search)."""
         walked = self.estimate.peak_allocated_bytes
-        return max(self.cache.min_limit_bytes(), walked, self.load_peak_bytes)
+        return max(self.cache.min_limit_bytes(), walked, self.before_training_bytes)
 
     @property
     def context_bytes(self) -> int:

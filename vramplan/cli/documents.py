@@ -72,7 +72,7 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
         "bounds": {
             "peak_reserved_bytes": "allocator replay",
             "min_limit_bytes": "allocator replay under a limit",
-            "load_peak_bytes": "from transformers' loader; not measured",
+            "load_peak_bytes": "replay of transformers' loader",
             "host_ram_bytes": "bound",
         },
     }
