@@ -15,7 +15,6 @@ from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UnknownNameError
 from vramplan.gpus import Gpu, find_gpu
 from vramplan.job import Job
-from vramplan.loading import replayed_load
 from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.report.page import Page, Table
@@ -67,7 +66,12 @@ def predicted(record: Record, *, evaluated: bool = False) -> Prediction:
             gpu = None
     model = model_from_config(record.config, record.model)
     job = Job.from_dict(record.job)
-    return predict(model, job.evaluated(record.run) if evaluated else job, gpu)
+    return predict(
+        model,
+        job.evaluated(record.run) if evaluated else job,
+        gpu,
+        random_weights=record.run.weights == "random",
+    )
 
 
 def figures(record: Record, prediction: Prediction) -> tuple[Figure, ...]:
@@ -81,11 +85,7 @@ def figures(record: Record, prediction: Prediction) -> tuple[Figure, ...]:
     roomy = run.limit_bytes is None
     found = [Figure("ready", record.ready_bytes, prediction.ready_bytes)]
     if run.weights != "random":
-        found.append(
-            Figure(
-                "load", record.load_peak_bytes, replayed_load(prediction.model, prediction.job)[0]
-            )
-        )
+        found.append(Figure("load", record.load_peak_bytes, prediction.replayed_load()[0]))
     found.append(
         Figure("peak allocated", record.peak_allocated_bytes, prediction.peak_allocated_bytes)
     )

@@ -111,6 +111,7 @@ def estimate(
     *,
     capability: tuple[int, int] = DEFAULT_CAPABILITY,
     workspace_bytes: int | None = None,
+    from_checkpoint: bool = False,
 ) -> Estimate:
     """Predict the memory of one job.
 
@@ -121,6 +122,9 @@ def estimate(
             attention kernel.
         workspace_bytes: cuBLAS's workspaces of both threads as measured on the card, cuBLASLt's
             left out; None for what PyTorch gives that generation.
+        from_checkpoint: Whether ``from_pretrained`` loads the weights, which decides the order in
+            which they come and so what the allocator's cache looks like; otherwise they are made
+            on the card, as random ones are.
 
     Returns:
         Its numbers, all in bytes as torch's allocator counts them.
@@ -128,14 +132,19 @@ def estimate(
     Raises:
         UsageError: If the job does not go with the model.
     """
-    return Step(model, job, capability, workspace_bytes).run()
+    return Step(model, job, capability, workspace_bytes, from_checkpoint).run()
 
 
 class Step:
     """Walks one steady step of a job."""
 
     def __init__(
-        self, model: Model, job: Job, capability: tuple[int, int], workspace_bytes: int | None
+        self,
+        model: Model,
+        job: Job,
+        capability: tuple[int, int],
+        workspace_bytes: int | None,
+        from_checkpoint: bool,
     ) -> None:
         self.model = model
         self.job = job
@@ -143,7 +152,7 @@ class Step:
         self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
         self.tape = Tape(job.autocast_dtype)
         self.tape.kind = Kind.WEIGHTS
-        self.built = Built(self.tape, model, job, self.runs)
+        self.built = Built(self.tape, model, job, self.runs, from_checkpoint=from_checkpoint)
         self.env = Env(
             job,
             model.dims,

@@ -27,10 +27,10 @@ from typing import NamedTuple
 from vramplan.formats import FP16, QUANT_FORMATS
 from vramplan.job import Job
 from vramplan.model import EmbeddingSpec, LinearSpec, Model, ModuleSpec, ParameterSpec
-from vramplan.replay import Request, replay
 from vramplan.units import round_block
 
-RENAMED = {"gpt_neox": {"lm_head": "embed_out"}}  # names in the checkpoint, by which it is sorted
+Request = tuple[int, int]  # (block, bytes); negative bytes release it, as in vramplan.replay
+RENAMED = {"gpt_neox": {"lm_head": "embed_out"}}
 STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")  # experts that lie singly in the checkpoint
 
 
@@ -64,9 +64,8 @@ def weights(model: Model, job: Job) -> list[list[Weight]]:
         outside += _tensors(model, job, head, quantised=False)
     elif head.bias:
         outside.append(_plain(f"{head.name}.bias", head.out_features, job))
-    names = RENAMED.get(model.family, {})
     outside = [
-        weight._replace(name=f"{names.get(module, module)}.{last}")
+        weight._replace(name=f"{checkpoint_name(model, module)}.{last}")
         for weight in outside
         for module, _, last in [weight.name.rpartition(".")]
     ]
@@ -76,7 +75,14 @@ def weights(model: Model, job: Job) -> list[list[Weight]]:
     }
     named = [(weight.name, [[weight]]) for weight in outside]
     named.append((f"{arch.layer_prefix}.0", [layers[kind] for kind in dims.kinds]))
-    return [group for _, groups in sorted(named, key=lambda n: _natural(n[0])) for group in groups]
+    return [
+        group for _, groups in sorted(named, key=lambda n: natural_key(n[0])) for group in groups
+    ]
+
+
+def checkpoint_name(model: Model, module: str) -> str:
+    """What a module's tensors are called in the checkpoint, by which they are sorted."""
+    return RENAMED.get(model.family, {}).get(module, module)
 
 
 def load_requests(model: Model, job: Job) -> list[Request]:
@@ -96,16 +102,6 @@ def load_requests(model: Model, job: Job) -> list[Request]:
             requests.append((number, size))
         requests += [(block, -size) for block, size in passing]
     return requests + [(number + n, size) for n, size in enumerate(_buffers(model), 1)]
-
-
-def replayed_load(model: Model, job: Job) -> tuple[int, int]:
-    """Largest allocated and reserved while loading, unsplit blocks at their full size, in bytes.
-
-    Six recorded loads of real checkpoints show the reserved bytes exactly; see
-    ``tests/unit/test_loading.py``.
-    """
-    allocator = replay(load_requests(model, job))
-    return allocator.peak_allocated, allocator.peak_reserved
 
 
 def load_peak_bytes(model: Model, job: Job) -> int:
@@ -190,10 +186,10 @@ def _quantised(name: str, rows: int, columns: int, job: Job, *, turned: bool) ->
 
 
 def _in_order(found: Iterable[Weight]) -> list[Weight]:
-    return sorted(found, key=lambda weight: _natural(weight.name))
+    return sorted(found, key=lambda weight: natural_key(weight.name))
 
 
-def _natural(name: str) -> list[tuple[int, int | str, int]]:
+def natural_key(name: str) -> list[tuple[int, int | str, int]]:
     """dot_natural_key: numbers before words, words with their trailing number apart."""
     key: list[tuple[int, int | str, int]] = []
     for part in name.split("."):
