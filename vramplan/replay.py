@@ -141,7 +141,7 @@ def _in_order(timeline: Timeline) -> list[Request]:
         later += [unroll(Timeline(tuple(evaluation))), second]
     for part in later:
         requests += [(identity + top if identity > 0 else identity, n) for identity, n in part]
-        top += max(identity for identity, _ in part)
+        top += max((identity for identity, _ in part), default=0)
     return requests
 
 
