@@ -100,21 +100,31 @@ def figures(record: Record, prediction: Prediction) -> tuple[Figure, ...]:
         found.append(Figure("smallest limit", least, prediction.min_limit_bytes))
     if record.paged_bytes is not None:
         found.append(Figure("paged", record.paged_bytes, prediction.paged_bytes))
-    return (*found, *phase_figures(record, prediction))
+    return (*found, *evaluation_figures(record))
+
+
+def evaluation_figures(record: Record) -> Iterator[Figure]:
+    """The peaks of an evaluation, and what it leaves reserved for the training behind it."""
+    if not record.run.evaluate:
+        return
+    planned = predicted(record, evaluated=True)
+    allocated = planned.evaluate_peak_allocated_bytes
+    measured = record.phases.get(Phase.EVALUATE.value)
+    if measured is None or allocated is None:
+        return
+    yield Figure("evaluate", measured.peak_allocated_bytes, allocated)
+    if record.run.limit_bytes is None:
+        reserved = measured.peak_reserved_bytes
+        yield Figure("reserved by evaluating", reserved, planned.peak_reserved_bytes)
 
 
 def phase_figures(record: Record, prediction: Prediction) -> Iterator[Figure]:
-    """The peaks of single phases: allocated bytes, and what an evaluation leaves reserved."""
+    """The peaks of the first step, of the phases of later ones and of a save, in bytes."""
     first = prediction.first_step_peak_allocated_bytes
     yield Figure("first step", record.first_step_peak_allocated_bytes, first)
-    planned = predicted(record, evaluated=True) if record.run.evaluate else prediction
-    for phase, size in planned.phases().items():
+    for phase, size in prediction.phases().items():
         if phase not in BEFORE_TRAINING and phase in record.phases:
             yield Figure(phase, record.phases[phase].peak_allocated_bytes, size)
-    if record.run.evaluate and record.run.limit_bytes is None:
-        measured = record.phases.get(Phase.EVALUATE.value)
-        reserved = None if measured is None else measured.peak_reserved_bytes
-        yield Figure("reserved by evaluating", reserved, planned.peak_reserved_bytes)
 
 
 def rows(folder: Path) -> list[Row]:
@@ -123,7 +133,8 @@ def rows(folder: Path) -> list[Row]:
     for path in sorted((folder / "runs").glob("*.json")):
         record = read_record(path)
         prediction = predicted(record)
-        found.append(Row(record, prediction, figures(record, prediction)))
+        compared = (*figures(record, prediction), *phase_figures(record, prediction))
+        found.append(Row(record, prediction, compared))
     return found
 
 

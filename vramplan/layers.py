@@ -563,7 +563,9 @@ class Built:
         layer = Layer(prefix.removesuffix("."), kind)
         specs = arch.block_of(kind)
         ordered = (
-            sorted(specs, key=lambda s: natural_key(s.name)) if self.from_checkpoint else specs
+            sorted(specs, key=lambda s: natural_key(checkpoint_name(self.model, s.name)))
+            if self.from_checkpoint
+            else specs
         )
         for spec in ordered:
             self._add(layer, spec, prefix, copies)

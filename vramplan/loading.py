@@ -21,7 +21,7 @@ Known limitations:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from vramplan.formats import FP16, QUANT_FORMATS
@@ -30,7 +30,14 @@ from vramplan.model import EmbeddingSpec, LinearSpec, Model, ModuleSpec, Paramet
 from vramplan.units import round_block
 
 Request = tuple[int, int]  # (block, bytes); negative bytes release it, as in vramplan.replay
-RENAMED = {"gpt_neox": {"lm_head": "embed_out"}}
+RENAMED = {  # what modules and parameters are called in the checkpoint where it differs
+    "gpt_neox": {"lm_head": "embed_out"},
+    "mixtral": {
+        "mlp": "block_sparse_moe",
+        "mlp.experts.gate_up_proj": "block_sparse_moe.experts.0.w1",
+        "mlp.experts.down_proj": "block_sparse_moe.experts.0.w2",
+    },
+}
 STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")  # experts that lie singly in the checkpoint
 
 
@@ -70,7 +77,10 @@ def weights(model: Model, job: Job) -> list[list[Weight]]:
         for module, _, last in [weight.name.rpartition(".")]
     ]
     layers = {
-        kind: _in_order(w for spec in arch.block_of(kind) for w in _tensors(model, job, spec))
+        kind: sorted(
+            (w for spec in arch.block_of(kind) for w in _tensors(model, job, spec)),
+            key=lambda weight: natural_key(checkpoint_name(model, weight.name)),
+        )
         for kind in set(dims.kinds)
     }
     named = [(weight.name, [[weight]]) for weight in outside]
@@ -82,7 +92,9 @@ def weights(model: Model, job: Job) -> list[list[Weight]]:
 
 def checkpoint_name(model: Model, module: str) -> str:
     """What a module's tensors are called in the checkpoint, by which they are sorted."""
-    return RENAMED.get(model.family, {}).get(module, module)
+    names = RENAMED.get(model.family, {})
+    first, dot, rest = module.partition(".")
+    return names.get(module) or names.get(first, first) + dot + rest
 
 
 def load_requests(model: Model, job: Job) -> list[Request]:
@@ -183,10 +195,6 @@ def _quantised(name: str, rows: int, columns: int, job: Job, *, turned: bool) ->
         passing += [round_block(-(-numel // fmt.block) * 4)] * 2
     kept = tuple(round_block(n) for _, n in fmt.parts(rows, columns, job.double_quant))
     return Weight(name, numel * fmt.bits // 8, kept, tuple(passing))
-
-
-def _in_order(found: Iterable[Weight]) -> list[Weight]:
-    return sorted(found, key=lambda weight: natural_key(weight.name))
 
 
 def natural_key(name: str) -> list[tuple[int, int | str, int]]:

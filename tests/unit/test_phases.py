@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.accuracy import figures, predicted
+from vramplan.accuracy import figures, phase_figures, predicted
 from vramplan.advice import Adviser
 from vramplan.catalogue import find_model, model_from_config
 from vramplan.errors import UsageError
@@ -63,7 +63,7 @@ def test_saving_allocates_the_cloned_codes_alone(name: str) -> None:
 )
 def test_first_step_as_recorded(name: str) -> None:
     record = read_record(RUNS / f"{name}.json")
-    found = {f.name: f.error for f in figures(record, predicted(record))}
+    found = {f.name: f.error for f in phase_figures(record, predicted(record))}
     for figure in ("first step", "forward", "loss", "backward"):
         assert found[figure] == pytest.approx(0, abs=0.001), figure
 
