@@ -26,6 +26,7 @@ from vramplan.formats import BOOL, FP32, INT64, Dtype
 from vramplan.forward import Forward
 from vramplan.job import Job
 from vramplan.layers import Built
+from vramplan.model import Model
 from vramplan.tape import Tape, Tensor
 from vramplan.timeline import Kind, Phase
 
@@ -154,6 +155,20 @@ class EvaluationLoop:
 def num_samples(job: Job) -> int:
     """Sequences of the evaluation data set."""
     return 2 * job.eval_batch_size if job.eval_samples is None else job.eval_samples
+
+
+def host_bytes(model: Model, job: Job) -> int:
+    """What the logits take in host memory once they have left the card, in bytes.
+
+    All of them become one fp32 array; arrays of several rounds are joined in turn, old and joined
+    there at once.
+    """
+    if not job.eval_logits:
+        return 0
+    samples, every = num_samples(job), job.eval_accumulation_steps
+    whole = samples * job.seq_len * model.dims.vocab_size * FP32.size
+    rounds = 1 if every is None else -(-samples // (job.eval_batch_size * every))
+    return whole * (2 if rounds > 1 else 1)
 
 
 def batches_walked(job: Job) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vramplan.estimate import DEFAULT_CAPABILITY, Estimate, estimate
+from vramplan.evaluate import host_bytes
 from vramplan.job import Job
 from vramplan.loading import load_peak_bytes, load_requests
 from vramplan.model import Model
@@ -151,8 +152,8 @@ class Prediction:
 
     @property
     def host_ram_bytes(self) -> int:
-        """Host memory of the process, with all paged state evicted to it."""
-        return self.profile.host_bytes + self.paged_bytes
+        """Host memory of the process: all paged state evicted to it, evaluated logits kept."""
+        return self.profile.host_bytes + self.paged_bytes + host_bytes(self.model, self.job)
 
     @property
     def optimizer_file_bytes(self) -> int:

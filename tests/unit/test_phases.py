@@ -14,7 +14,7 @@ from vramplan.accuracy import figures, phase_figures, predicted
 from vramplan.advice import Adviser
 from vramplan.catalogue import find_model, model_from_config
 from vramplan.errors import UsageError
-from vramplan.evaluate import MAX_BATCHES, batches_walked
+from vramplan.evaluate import MAX_BATCHES, batches_walked, host_bytes
 from vramplan.families import NAMES
 from vramplan.job import EVALUATION, Job
 from vramplan.phases import save_bytes
@@ -44,6 +44,14 @@ def test_evaluation_as_recorded(name: str) -> None:
     found = {f.name: f.error for f in figures(record, predicted(record))}
     assert found["evaluate"] == pytest.approx(0, abs=0.0001)
     assert found["reserved by evaluating"] == pytest.approx(0, abs=0.002)
+
+
+def test_logits_end_in_host_memory_as_recorded() -> None:
+    record = read_record(RUNS / "llama-3.2-1b-qlora-1x1024-evaluate-save.json")
+    prediction = predicted(record, evaluated=True)
+    assert record.host_rss_peak_bytes == pytest.approx(prediction.host_ram_bytes, rel=0.02)
+    split = prediction.job.but(eval_accumulation_steps=1)
+    assert host_bytes(prediction.model, split) == 2 * host_bytes(prediction.model, prediction.job)
 
 
 @pytest.mark.parametrize("name", SAVED)
