@@ -245,7 +245,7 @@ def predict(
         job,
         capability=capability,
         workspace_bytes=profile.cublas_workspace_bytes,
-        from_checkpoint=not random_weights,
+        from_checkpoint=like is None and not random_weights,  # it shapes the cache alone
     )
     cache: ReplayedCache | SimilarCache
     if like is None:
@@ -259,7 +259,7 @@ def predict(
         profile=profile,
         cache=cache,
         process_bytes=profile.process_bytes(bitsandbytes=job.uses_bitsandbytes),
-        load_bytes=load_peak_bytes(model, job),
+        load_bytes=_load_bytes(model, job, like),
         download_bytes=model.num_parameters * model.dims.dtype.size,
         adapter_bytes=_saved_bytes(model, job, walked),
     )
@@ -307,6 +307,16 @@ class SimilarCache:
     def min_limit_bytes(self) -> int:
         """Roughly the smallest limit at which it runs."""
         return self._least
+
+
+LOADED_BY = ("method", "dtype", "quant_type", "double_quant")  # fields that decide the load
+
+
+def _load_bytes(model: Model, job: Job, like: Prediction | None) -> int:
+    """The load peak; a similar job's where it is loaded alike."""
+    if like is not None and all(getattr(job, n) == getattr(like.job, n) for n in LOADED_BY):
+        return like.load_bytes
+    return load_peak_bytes(model, job)
 
 
 def _saved_bytes(model: Model, job: Job, walked: Estimate) -> int:

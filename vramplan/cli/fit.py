@@ -14,6 +14,7 @@ from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.cli.lengths import (
+    MAX_CEILINGS,
     Ceiling,
     LengthsOption,
     lengths_document,
@@ -98,7 +99,11 @@ def fit(
         )
     best = max(judged, key=lambda a: (a.verdict is not None and a.verdict.headroom_bytes))
     adviser = make_adviser(found, best)
-    ceilings = [ceiling(found, a) for a in judged] if planned else []
+    ceilings = []
+    if planned is not None and len(judged) <= MAX_CEILINGS:
+        ceilings = [ceiling(found, a) for a in judged]
+    elif planned is not None:
+        print(f"note: name at most {MAX_CEILINGS} cards for the length each holds", file=sys.stderr)
     if as_json:
         from vramplan.cli.documents import (  # noqa: PLC0415
             document,

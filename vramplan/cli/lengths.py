@@ -30,6 +30,7 @@ LengthsOption = Annotated[
     ),
 ]
 PERCENTILES = (50, 95, 99)
+MAX_CEILINGS = 12  # cards; each takes a search
 
 
 class Plan(NamedTuple):
