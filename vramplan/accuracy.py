@@ -113,7 +113,7 @@ def evaluation_figures(record: Record) -> Iterator[Figure]:
     if measured is None or allocated is None:
         return
     yield Figure("evaluate", measured.peak_allocated_bytes, allocated)
-    if record.run.limit_bytes is None:
+    if record.run.limit_bytes is None and not record.num_alloc_retries:
         reserved = measured.peak_reserved_bytes
         yield Figure("reserved by evaluating", reserved, planned.peak_reserved_bytes)
 

@@ -16,9 +16,11 @@ from vramplan.catalogue import find_model, model_from_config
 from vramplan.errors import UsageError
 from vramplan.evaluate import MAX_BATCHES, batches_walked, host_bytes
 from vramplan.families import NAMES
+from vramplan.gpus import find_gpu
 from vramplan.job import EVALUATION, Job
+from vramplan.measure.spec import RunSpec
 from vramplan.phases import save_bytes
-from vramplan.prediction import Prediction, judge, predict
+from vramplan.prediction import Prediction, judge, predict, usable_bytes
 from vramplan.record import read_record
 from vramplan.replay import LIMIT_RESOLUTION
 from vramplan.timeline import Phase
@@ -44,6 +46,53 @@ def test_evaluation_as_recorded(name: str) -> None:
     found = {f.name: f.error for f in figures(record, predicted(record))}
     assert found["evaluate"] == pytest.approx(0, abs=0.0001)
     assert found["reserved by evaluating"] == pytest.approx(0, abs=0.002)
+
+
+# model, job, then measured while evaluating behind the third step: allocated, reserved. On an H100
+# with torch 2.11.0+cu130, transformers 5.17.0 and random weights, predicted before it was measured.
+EVALUATIONS: list[tuple[str, dict[str, Any], tuple[int, int]]] = [
+    (
+        "pythia-410m",
+        {"method": "full", "batch_size": 2, "eval_samples": 10},
+        (4561897472, 7144996864),
+    ),
+    (
+        "pythia-410m",
+        {"method": "full", "batch_size": 2, "eval_samples": 30, "eval_accumulation_steps": 3},
+        (4976109568, 7350517760),
+    ),
+    ("llama-3.2-1b", {"eval_samples": 20}, (12182563840, 21688745984)),
+    (
+        "llama-3.2-1b",
+        {"eval_samples": 20, "eval_accumulation_steps": 1},
+        (4342853632, 5928648704),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "measured"), EVALUATIONS)
+def test_kept_logits_as_measured(
+    name: str, fields: dict[str, Any], measured: tuple[int, int]
+) -> None:
+    job = Job(seq_len=512, evaluate=True, eval_batch_size=4, eval_logits=True, **fields)
+    card = find_gpu("h100-sxm-80gb")
+    prediction = predict(find_model(name), job, card, random_weights=True)
+    assert prediction.evaluate_peak_allocated_bytes == pytest.approx(measured[0], rel=1e-5)
+    assert prediction.peak_reserved_bytes == measured[1]
+
+
+def test_an_evaluation_that_outgrows_a_card_can_run_with_retries() -> None:
+    """300 samples kept, two a batch: measured on an 80 GB card it ran, with ten retries."""
+    job = Job(
+        method="lora", batch_size=2, seq_len=256, gradient_checkpointing=False, evaluate=True,
+        eval_batch_size=2, eval_samples=300, eval_logits=True,
+    )  # fmt: skip
+    card = find_gpu("h100-sxm-80gb")
+    prediction = predict(find_model("tinyllama-1.1b"), job, card, random_weights=True)
+    assert prediction.evaluate_peak_allocated_bytes == pytest.approx(22083337216, rel=1e-5)
+    usable = usable_bytes(card)
+    assert usable is not None
+    assert judge(prediction, card.slug, usable).verdict == "tight"
 
 
 def test_logits_end_in_host_memory_as_recorded() -> None:
@@ -238,3 +287,16 @@ def test_advice_makes_an_evaluation_smaller() -> None:
     prediction = predict(model, job)
     fixes = Adviser(model, job, prediction, "a card", 12 * GIB, None).fixes()
     assert fixes[0].change == "--eval-accumulation-steps 1"
+
+
+def test_a_record_keeps_the_evaluation_with_how_it_was_run() -> None:
+    own = {"evaluate": True, "eval_logits": True, "eval_samples": 20, "eval_accumulation_steps": 3}
+    spec = RunSpec("a", "pythia-70m", {}, Job(), **own)
+    assert not set(EVALUATION) & set(spec.job_document())
+    conditions = spec.conditions()
+    assert {name: conditions[name] for name in own} == own
+    assert Job().evaluated(spec) == Job(**own)
+    with pytest.raises(UsageError, match="--eval-samples"):
+        RunSpec("a", "pythia-70m", {}, Job(), evaluate=True, eval_samples=0)
+    plain = RunSpec("a", "pythia-70m", {}, Job(), eval_samples=7)  # without --eval it says nothing
+    assert plain.conditions()["eval_samples"] is None
