@@ -19,6 +19,7 @@ from vramplan.errors import UsageError
 MAX_FILE_BYTES = 4 * 1024**3
 MAX_LINE_BYTES = 32 * 1024**2
 MAX_LENGTH = 100_000_000
+MAX_DIFFERENT = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ def read_lengths(path: Path) -> Lengths:
                 if not 0 < length <= MAX_LENGTH:
                     raise _unusable(path, number, f"length must be from 1 to {MAX_LENGTH:,}")
                 counts[length] += 1
+                if len(counts) > MAX_DIFFERENT:
+                    raise _unusable(path, number, f"more than {MAX_DIFFERENT:,} different lengths")
     except UsageError:
         raise
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError

@@ -117,6 +117,15 @@ def test_no_line_and_no_file_is_read_beyond_its_cap(
         read_lengths(path)
 
 
+def test_no_more_lengths_are_kept_than_a_data_set_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "length\n1\n2\n1\n3\n", "a.csv")
+    monkeypatch.setattr(module, "MAX_DIFFERENT", 2)
+    with pytest.raises(UsageError, match=r"line 5: more than 2 different lengths"):
+        read_lengths(path)
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 
