@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.errors import UsageError
-from vramplan.job import Job
+from vramplan.job import EVALUATION, Job
 from vramplan.model import Model
 from vramplan.prediction import Prediction, Verdict, judge, predict
 
@@ -78,13 +78,23 @@ class Adviser:
         self.gpu = gpu
         own = judge(headline, name, usable_bytes)
         self._known: dict[Job, tuple[Prediction, Verdict]] = {job: (headline, own)}
+        self._bases = {_evaluation(job): headline}
 
     def try_job(self, job: Job) -> tuple[Prediction, Verdict]:
         """Prediction and verdict of a variant."""
         if job not in self._known:
-            prediction = predict(self.model, job, self.gpu, like=self.headline)
+            base = self._base(_evaluation(job))
+            same = base.job == job
+            prediction = base if same else predict(self.model, job, self.gpu, like=base)
             self._known[job] = prediction, judge(prediction, self.name, self.usable_bytes)
         return self._known[job]
+
+    def _base(self, evaluation: tuple[object, ...]) -> Prediction:
+        """The job with another evaluation, replayed: it caches quite other memory."""
+        if evaluation not in self._bases:
+            job = self.job.but(**dict(zip(EVALUATION, evaluation, strict=True)))
+            self._bases[evaluation] = predict(self.model, job, self.gpu)
+        return self._bases[evaluation]
 
     # -- what there is room for ----------------------------------------------------------------
 
@@ -161,6 +171,7 @@ class Adviser:
     def _candidates(self) -> Iterator[Switch]:
         """Switches that change this job, the gentlest first."""
         job = self.job
+        yield from evaluation_switches(job)
         if not job.gradient_checkpointing:
             yield Switch(
                 "--gradient-checkpointing",
@@ -242,6 +253,22 @@ class Adviser:
                 # the least saving that suffices is the smallest change
                 return sorted(found, key=lambda advice: -advice.device_peak_bytes)[:3]
         return []
+
+
+def _evaluation(job: Job) -> tuple[object, ...]:
+    return tuple(getattr(job, name) for name in EVALUATION)
+
+
+def evaluation_switches(job: Job) -> Iterator[Switch]:
+    """What makes an evaluation smaller."""
+    if job.eval_logits and job.eval_accumulation_steps != 1:
+        yield Switch(
+            "--eval-accumulation-steps 1",
+            "logits leave the card after every batch",
+            (("eval_accumulation_steps", 1),),
+        )
+    if job.evaluate and job.eval_batch_size > 1:
+        yield Switch("--eval-batch-size 1", "evaluate one by one", (("eval_batch_size", 1),))
 
 
 def search_largest(

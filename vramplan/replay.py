@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from vramplan.allocator import SMALL_BUFFER, SMALL_SIZE, Block, CachingAllocator, OutOfMemory
 from vramplan.timeline import BEFORE_TRAINING, Event, Kind, Phase, Section, Timeline, handed_on
@@ -102,7 +102,10 @@ def _peak(timeline: Timeline) -> int:
 
 
 def _in_order(timeline: Timeline) -> list[Request]:
-    """The requests as a run makes them: load, a first step, optimizer state, a second step."""
+    """The requests as a run makes them: load, a first step, optimizer state, a second step.
+
+    A run that evaluates does so behind the second step, and trains on in what that leaves.
+    """
     marked = {e.block for e in timeline.events() if e.nbytes == 0 and e.block > 0}
     sizes = {e.block: e.nbytes for e in timeline.events() if e.nbytes > 0 and e.block in marked}
     load: list[Section] = []
@@ -119,12 +122,9 @@ def _in_order(timeline: Timeline) -> list[Request]:
             sections.append(Section(tuple(events), section.repeats))
     begin = Event(TRAINING_BEGINS, 0, Kind.BATCH, "", Phase.PREPARE)
     load.append(Section((begin,)))
-    walk = [
-        Section(tuple(e for e in s.events if e.phase is not Phase.STEP), s.repeats) for s in steps
-    ]
-    update = [
-        Section(tuple(e for e in s.events if e.phase is Phase.STEP), s.repeats) for s in steps
-    ]
+    evaluation = _of_phases(steps, {Phase.EVALUATE})
+    walk = _of_phases(steps, set(Phase) - {Phase.STEP, Phase.EVALUATE})
+    update = _of_phases(steps, {Phase.STEP})
     first = unroll(Timeline((*load, *walk, *state, *update)))
     second = [r for r in unroll(Timeline((*walk, *update))) if r[1] or r[0] <= 0]
     top = max(identity for identity, _ in first)
@@ -136,7 +136,17 @@ def _in_order(timeline: Timeline) -> list[Request]:
             marked.remove(identity)
             requests.append((top + identity, sizes[identity]))
     top += max(sizes, default=0)
-    return requests + [(identity + top, nbytes) for identity, nbytes in second]
+    later = [second]
+    if any(section.events for section in evaluation):
+        later += [unroll(Timeline(tuple(evaluation))), second]
+    for part in later:
+        requests += [(identity + top if identity > 0 else identity, n) for identity, n in part]
+        top += max((identity for identity, _ in part), default=0)
+    return requests
+
+
+def _of_phases(sections: Iterable[Section], phases: Collection[Phase]) -> list[Section]:
+    return [Section(tuple(e for e in s.events if e.phase in phases), s.repeats) for s in sections]
 
 
 def unroll(timeline: Timeline) -> list[Request]:
