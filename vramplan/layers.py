@@ -274,6 +274,7 @@ class Built:
         self.t = t
         # a model that is not quantised is loaded on the host and moved in order of registration
         self.from_checkpoint = from_checkpoint and job.quantised
+        self.made_on_card = not from_checkpoint
         self.runs = runs
         self.job = job
         self.model = model
@@ -297,6 +298,8 @@ class Built:
         if self._to_cast:
             self._cast_to_fp32()
         self._add_adapters()
+        t.phase = Phase.PREPARE
+        t.empty_cache()  # Trainer.train begins with accelerate's free_memory
 
     def _load(self, arch: Architecture) -> None:
         """Every module: as registered, or as the checkpoint's tensors come, sorted by name."""
@@ -592,6 +595,11 @@ class Built:
         """The output head: never quantised, never in all-linear, maybe tied."""
         rows, columns = spec.out_features, spec.in_features
         saved = self._saved_copy(spec.name)
+        if self.model.dims.tied and self.made_on_card:  # with a weight of its own until it is tied
+            untied = Storage(
+                self.t, round_block(rows * columns * self.plain_dtype.size), Kind.WEIGHTS, spec.name
+            )
+            del untied
         if self.model.dims.tied and not saved:
             weight = self.embedding.weight
         else:
