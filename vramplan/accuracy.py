@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from vramplan.job import recorded_job
 from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.report.page import Page, Table
+from vramplan.timeline import BEFORE_TRAINING, Phase
 from vramplan.units import MIB
 
 REPEAT = "-repeat"
@@ -60,8 +61,13 @@ class Row:
         return next((f.error for f in self.figures if f.name == figure), None)
 
 
-def predicted(record: Record) -> Prediction:
-    """The estimate of a recorded job on its card."""
+def predicted(record: Record, *, evaluated: bool = False) -> Prediction:
+    """The estimate of a recorded job on its card.
+
+    Args:
+        record: The run.
+        evaluated: Whether with its evaluation, which the figures of its steps leave out.
+    """
     gpu: Gpu | None = None
     if record.gpu.slug:
         try:
@@ -69,7 +75,13 @@ def predicted(record: Record) -> Prediction:
         except UnknownNameError:
             gpu = None
     model = model_from_config(record.config, record.model)
-    return predict(model, recorded_job(record), gpu)
+    job = recorded_job(record)
+    return predict(
+        model,
+        job.evaluated(record.run) if evaluated else job,
+        gpu,
+        random_weights=record.run.weights == "random",
+    )
 
 
 def figures(record: Record, prediction: Prediction | Foretold) -> tuple[Figure, ...]:
@@ -82,8 +94,8 @@ def figures(record: Record, prediction: Prediction | Foretold) -> tuple[Figure, 
     run = record.run
     roomy = run.limit_bytes is None
     found = [Figure("ready", record.ready_bytes, prediction.ready_bytes)]
-    if run.weights != "random":
-        found.append(Figure("load peak", record.load_peak_bytes, prediction.load_peak_bytes))
+    if run.weights != "random" and isinstance(prediction, Prediction):
+        found.append(Figure("load", record.load_peak_bytes, prediction.replayed_load()[0]))
     found.append(
         Figure("peak allocated", record.peak_allocated_bytes, prediction.peak_allocated_bytes)
     )
@@ -98,7 +110,31 @@ def figures(record: Record, prediction: Prediction | Foretold) -> tuple[Figure, 
         found.append(Figure("smallest limit", least, prediction.min_limit_bytes))
     if record.paged_bytes is not None:
         found.append(Figure("paged", record.paged_bytes, prediction.paged_bytes))
-    return tuple(found)
+    return (*found, *evaluation_figures(record))
+
+
+def evaluation_figures(record: Record) -> Iterator[Figure]:
+    """The peaks of an evaluation, and what it leaves reserved for the training behind it."""
+    if not record.run.evaluate:
+        return
+    planned = predicted(record, evaluated=True)
+    allocated = planned.evaluate_peak_allocated_bytes
+    measured = record.phases.get(Phase.EVALUATE.value)
+    if measured is None or allocated is None:
+        return
+    yield Figure("evaluate", measured.peak_allocated_bytes, allocated)
+    if record.run.limit_bytes is None and not record.num_alloc_retries:
+        reserved = measured.peak_reserved_bytes
+        yield Figure("reserved by evaluating", reserved, planned.peak_reserved_bytes)
+
+
+def phase_figures(record: Record, prediction: Prediction) -> Iterator[Figure]:
+    """The peaks of the first step, of the phases of later ones and of a save, in bytes."""
+    first = prediction.first_step_peak_allocated_bytes
+    yield Figure("first step", record.first_step_peak_allocated_bytes, first)
+    for phase, size in prediction.phases().items():
+        if phase not in BEFORE_TRAINING and phase in record.phases:
+            yield Figure(phase, record.phases[phase].peak_allocated_bytes, size)
 
 
 def rows(folder: Path) -> list[Row]:
@@ -108,15 +144,18 @@ def rows(folder: Path) -> list[Row]:
     for path in sorted((folder / "runs").glob("*.json")):
         record = read_record(path)
         prediction = predicted(record)
-        found.append(
-            Row(record, prediction, figures(record, prediction), foretold.get(record.name))
-        )
+        compared = (*figures(record, prediction), *phase_figures(record, prediction))
+        found.append(Row(record, prediction, compared, foretold.get(record.name)))
     return found
 
 
 # -- the tables ------------------------------------------------------------------------------------
 
 FIGURES = ("ready", "peak allocated", "peak reserved", "device peak", "smallest limit")
+PHASES = (
+    "load", "first step", "forward", "loss", "backward", "step", "evaluate",
+    "reserved by evaluating", "save",
+)  # fmt: skip
 SPREAD = ("runs", "median", "off by, median", "90 % within", "worst", "which")
 
 
@@ -220,6 +259,18 @@ def groups(found: Sequence[Row]) -> Table:
         if (errors := errors_of([row for row in found if key(row) == name], "peak allocated"))
     ]
     return Table("Peak allocated by kind of run", ("runs of", *SPREAD), tuple(lines))
+
+
+def phases(found: Sequence[Row]) -> Table:
+    """The peak of every phase."""
+    lines = [(name, *spread(errors)) for name in PHASES if (errors := errors_of(found, name))]
+    return Table(
+        "Phase by phase",
+        ("phase", *SPREAD),
+        tuple(lines),
+        "Allocated bytes, largest in the phase. Evaluation and saving happen behind the last step "
+        "but one. Random weights are not loaded as a checkpoint is: loading is left out.",
+    )
 
 
 def left_out(found: Sequence[Row]) -> Table:
@@ -404,7 +455,8 @@ def accuracy_page(folder: Path) -> Page:
         tuple(
             make(found)
             for make in (
-                summary, beforehand, too_low, groups, left_out, emulated, limits, repeats, paging, details,
+                summary, beforehand, too_low, groups, phases, left_out, emulated, limits, repeats,
+                paging, details,
             )
         ),
     )  # fmt: skip

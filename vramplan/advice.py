@@ -8,9 +8,9 @@ from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.errors import UsageError
-from vramplan.job import Job
+from vramplan.job import EVALUATION, Job
 from vramplan.model import Model
-from vramplan.prediction import Prediction, Verdict, expandable, judge, predict
+from vramplan.prediction import Prediction, Verdict, expandable, judge, predict, with_expandable
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
@@ -80,7 +80,7 @@ class Adviser:
         self.gpu = gpu
         own = judge(headline, name, usable_bytes)
         self._known: dict[Job, tuple[Prediction, Verdict]] = {job: (headline, own)}
-        self._expandable: Prediction | None = None
+        self._bases = {(job.alloc_conf, *_evaluation(job)): headline}
 
     def try_job(self, job: Job) -> tuple[Prediction, Verdict]:
         """Prediction and verdict of a variant.
@@ -89,20 +89,25 @@ class Adviser:
         replayed with them.
         """
         if job not in self._known:
-            like = self.headline
-            if job.alloc_conf != self.job.alloc_conf:
-                like = self.expandable()
-            prediction = like
-            if job != like.job:
-                prediction = predict(self.model, job, self.gpu, like=like)
+            base = self._base(job)
+            same = base.job == job
+            prediction = base if same else predict(self.model, job, self.gpu, like=base)
             self._known[job] = prediction, judge(prediction, self.name, self.usable_bytes)
         return self._known[job]
 
-    def expandable(self) -> Prediction:
-        """The job itself with expandable segments."""
-        if self._expandable is None:
-            self._expandable = expandable(self.headline)
-        return self._expandable
+    def _base(self, job: Job) -> Prediction:
+        """The job asked about with another's evaluation and segments, replayed.
+
+        These cache quite other memory.
+        """
+        key = job.alloc_conf, *_evaluation(job)
+        if key not in self._bases:
+            fields = dict(zip(EVALUATION, _evaluation(job), strict=True))
+            if job.alloc_conf == self.job.alloc_conf:
+                self._bases[key] = predict(self.model, self.job.but(**fields), self.gpu)
+            else:
+                self._bases[key] = expandable(self._base(self.job.but(**fields)))
+        return self._bases[key]
 
     def _may_gain_from_segments(self) -> bool:
         """Whether expandable segments could save anything: at most what lies idle at the peak."""
@@ -188,12 +193,13 @@ class Adviser:
         """Switches that change this job, the gentlest first."""
         job = self.job
         if self._may_gain_from_segments():
-            conf = self.expandable().job.alloc_conf
+            conf = with_expandable(job).alloc_conf
             yield Switch(
                 f"--alloc-conf {conf}",
                 "PYTORCH_ALLOC_CONF: segments that grow",
                 (("alloc_conf", conf),),
             )
+        yield from evaluation_switches(job)
         if not job.gradient_checkpointing:
             yield Switch(
                 "--gradient-checkpointing",
@@ -285,6 +291,22 @@ class Adviser:
                 # the least saving that suffices is the smallest change
                 return sorted(found, key=lambda advice: -advice.device_peak_bytes)[:3]
         return []
+
+
+def _evaluation(job: Job) -> tuple[object, ...]:
+    return tuple(getattr(job, name) for name in EVALUATION)
+
+
+def evaluation_switches(job: Job) -> Iterator[Switch]:
+    """What makes an evaluation smaller."""
+    if job.eval_logits and job.eval_accumulation_steps != 1:
+        yield Switch(
+            "--eval-accumulation-steps 1",
+            "logits leave the card after every batch",
+            (("eval_accumulation_steps", 1),),
+        )
+    if job.evaluate and job.eval_batch_size > 1:
+        yield Switch("--eval-batch-size 1", "evaluate one by one", (("eval_batch_size", 1),))
 
 
 def search_largest(

@@ -13,15 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from vramplan import ops
 from vramplan.errors import UsageError
+from vramplan.evaluate import EvaluationLoop
 from vramplan.families import Family, find_family
 from vramplan.families.common import Env
-from vramplan.formats import FP32, INT64
+from vramplan.forward import Forward
 from vramplan.job import Job
-from vramplan.layers import Built, Layer, num_lead_layers, runs_of
+from vramplan.layers import Built, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import Leaf, Param, Storage, Tape, Tensor
+from vramplan.tape import Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
@@ -37,8 +37,9 @@ class Estimate:
 
     Attributes:
         ready_bytes: Allocated when training is about to start.
-        peak_allocated_bytes: Largest allocated from the second step on.
+        peak_allocated_bytes: Largest allocated from the second step on, evaluation included.
         load_peak_bytes: Largest allocated while loading and preparing.
+        evaluate_peak_bytes: Largest allocated in an evaluation; None for a job without.
         static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
         optimizer_bytes: Optimizer state on the device.
         paged_bytes: Optimizer state in managed memory.
@@ -51,6 +52,7 @@ class Estimate:
     ready_bytes: int
     peak_allocated_bytes: int
     load_peak_bytes: int
+    evaluate_peak_bytes: int | None
     static_bytes: int
     optimizer_bytes: int
     paged_bytes: int
@@ -109,6 +111,7 @@ def estimate(
     *,
     capability: tuple[int, int] = DEFAULT_CAPABILITY,
     workspace_bytes: int | None = None,
+    from_checkpoint: bool = False,
 ) -> Estimate:
     """Predict the memory of one job.
 
@@ -119,6 +122,9 @@ def estimate(
             attention kernel.
         workspace_bytes: cuBLAS's workspaces of both threads as measured on the card, cuBLASLt's
             left out; None for what PyTorch gives that generation.
+        from_checkpoint: Whether ``from_pretrained`` loads the weights, which decides the order in
+            which they come and so what the allocator's cache looks like; otherwise they are made
+            on the card, as random ones are.
 
     Returns:
         Its numbers, all in bytes as torch's allocator counts them.
@@ -126,14 +132,19 @@ def estimate(
     Raises:
         UsageError: If the job does not go with the model.
     """
-    return Step(model, job, capability, workspace_bytes).run()
+    return Step(model, job, capability, workspace_bytes, from_checkpoint).run()
 
 
 class Step:
     """Walks one steady step of a job."""
 
     def __init__(
-        self, model: Model, job: Job, capability: tuple[int, int], workspace_bytes: int | None
+        self,
+        model: Model,
+        job: Job,
+        capability: tuple[int, int],
+        workspace_bytes: int | None,
+        from_checkpoint: bool,
     ) -> None:
         self.model = model
         self.job = job
@@ -142,7 +153,7 @@ class Step:
         settings = job.allocator_settings
         self.tape = Tape(job.autocast_dtype, settings.round_size if settings.rounds_up else None)
         self.tape.kind = Kind.WEIGHTS
-        self.built = Built(self.tape, model, job, self.runs)
+        self.built = Built(self.tape, model, job, self.runs, from_checkpoint=from_checkpoint)
         self.env = Env(
             job,
             model.dims,
@@ -152,6 +163,7 @@ class Step:
             job.tokens,
             capability=capability,
         )
+        self.forward = Forward(self.tape, self.family, self.built, self.env)
         self.workspace_bytes = (
             workspace_bytes // 2
             if workspace_bytes is not None
@@ -159,8 +171,6 @@ class Step:
             if capability[0] == 9
             else CUBLAS_WORKSPACE
         )
-        self.marks: list[int] = []
-        self.leaf: Leaf | None = None
 
     def run(self) -> Estimate:
         """Load, then one steady step."""
@@ -180,17 +190,23 @@ class Step:
         self._optimizer_step()
         step_peak = t.peak_bytes
         steps = self.job.gradient_accumulation_steps
-        t.peak_bytes = max(before, walk_peak, step_peak)
+        work = t.flops, t.moved_bytes
+        t.peak_bytes = 0
+        if self.job.evaluate:
+            EvaluationLoop(t, self.family, self.built, self.job, self.env).run()
+        evaluate_peak = t.peak_bytes
+        t.peak_bytes = max(before, walk_peak, step_peak, evaluate_peak)
         t.finish()
         return Estimate(
             ready_bytes=ready,
-            peak_allocated_bytes=max(walk_peak, step_peak),
+            peak_allocated_bytes=max(walk_peak, step_peak, evaluate_peak),
             load_peak_bytes=load_peak,
+            evaluate_peak_bytes=evaluate_peak if self.job.evaluate else None,
             static_bytes=static,
             optimizer_bytes=optimizer_bytes,
             paged_bytes=paged,
-            flops=t.flops * steps // min(steps, 2),
-            moved_bytes=t.moved_bytes * steps // min(steps, 2),
+            flops=work[0] * steps // min(steps, 2),
+            moved_bytes=work[1] * steps // min(steps, 2),
             num_trainable=self.built.num_trainable,
             tape=t,
         )
@@ -236,133 +252,27 @@ class Step:
                 held.append(storage)
         return held
 
-    def _batch(self) -> list[Tensor]:
-        """input_ids, attention_mask and labels, as the data loader moves them to the device."""
-        t = self.tape
-        t.owner = "batch"
-        return [t.new(self.job.tokens, INT64, Kind.BATCH) for _ in range(3)]
-
     def _micro_step(self) -> None:
-        t = self.tape
+        t, forward = self.tape, self.forward
         t.phase = Phase.FORWARD
-        batch = self._batch()
+        batch = forward.batch()
         t.kind = Kind.ACTIVATIONS
-        loss = self._forward()
+        loss = forward.run()[0]
         t.phase = Phase.BACKWARD
         with t.no_autocast():
             self._backward(loss)
         del loss
         self.env.kept = None
-        if self.leaf is not None:
-            self.leaf.release()
-            self.leaf = None
+        if forward.leaf is not None:
+            forward.leaf.release()
+            forward.leaf = None
         del batch
-
-    def _forward(self) -> Tensor:
-        """The model's forward and what accelerate wraps around it."""
-        t = self.tape
-        with t.autocasting():
-            loss, logits = self._causal_lm()
-        if self.job.autocast_dtype is not None:
-            with t.no_autocast():
-                t.kind = Kind.LOGITS
-                logits = ops.to(t, logits, FP32)
-        t.kind = Kind.ACTIVATIONS
-        return loss
-
-    def _causal_lm(self) -> tuple[Tensor, Tensor]:
-        """...ForCausalLM.forward."""
-        t = self.tape
-        hidden = self._decoder()
-        self.marks.append(t.position)
-        t.kind = Kind.LOGITS
-        t.phase = Phase.LOSS
-        logits = self.family.head(t, self.built.head, hidden, self.env)
-        t.owner = "loss"
-        return self._loss(logits), logits
-
-    def _decoder(self) -> Tensor:
-        """...Model.forward: embedding, position tables, layers, final norm."""
-        t, env, built = self.tape, self.env, self.built
-        spec = built.embedding.spec
-        name = spec.name.rsplit(".", 1)[0]
-        t.owner = name
-        position_ids = t.new(env.length, INT64, Kind.BATCH) if self.family.positions else None
-        t.owner = spec.name
-        embeds = self._require_grad(self.family.embed(t, built.embedding, env))
-        t.owner = name
-        hidden, held = self.family.enter(t, built.outside, embeds, env)
-        t.owner = name
-        self.family.prepare(t, embeds, env)
-        del embeds
-        self.marks = [t.position]
-        for layers, run in zip(built.layers, self.runs, strict=True):
-            with t.repeated(run.repeats):
-                for layer in layers:
-                    hidden = self._layer(layer, hidden)
-            self.marks.append(t.position)
-        if built.final_norm is not None:
-            hidden = self.family.norm(t, built.final_norm, hidden, env)
-        hidden = self.family.leave(t, built.outside, hidden, env)
-        env.kept = None
-        del position_ids, held  # the model's forward holds them to its end
-        if self.job.gradient_checkpointing:
-            env.keep(env.dims.kinds)
-        else:  # nobody will run a block again: the graph alone holds tables, and no masks
-            env.keep(self._folded_kinds(), masks=False)
-        return hidden
-
-    def _folded_kinds(self) -> set[str]:
-        """Kinds of which no layer is written out before the folded ones.
-
-        The first layer of such a kind is the last to let go of its tables. Which repetition does
-        cannot be written in a folded section, so they are held until all have been walked back.
-        """
-        seen: set[str] = set()
-        folded: set[str] = set()
-        for run in self.runs:
-            if run.repeats > 1:
-                folded.update(kind for kind in run.kinds if kind not in seen)
-            seen.update(run.kinds)
-        return folded
-
-    def _require_grad(self, embeds: Tensor) -> Tensor:
-        """enable_input_require_grads: checkpointing makes a frozen embedding's output a leaf.
-
-        Its gradient is computed and kept with it until the graph goes.
-
-        Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
-        """
-        if not self.job.gradient_checkpointing or embeds.node is not None:
-            return embeds
-        assert embeds.storage is not None
-        self.leaf = Leaf(embeds.storage, embeds.numel, embeds.dtype, True, self.tape.owner, 1)
-        return self.leaf
-
-    def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
-        t, env, block = self.tape, self.env, self.family.block
-
-        def run() -> Tensor:
-            t.owner = layer.name
-            env.use(layer.kind)
-            return block(t, layer, hidden, env)
-
-        return t.checkpoint(run) if self.job.gradient_checkpointing else run()
-
-    def _loss(self, logits: Tensor) -> Tensor:
-        """ForCausalLMLoss: fp32 logits, log_softmax, nll_loss."""
-        t = self.tape
-        upcast = ops.to(t, logits, FP32)
-        labels = t.new(self.job.tokens + self.job.batch_size, INT64, Kind.BATCH)
-        shifted = t.new(self.job.tokens, INT64, Kind.BATCH)
-        del labels
-        return ops.cross_entropy(t, upcast, shifted)
 
     def _backward(self, loss: Tensor) -> None:
         """Layer by layer, so that folded layers are folded here too."""
         t = self.tape
         t.start_backward(loss)
-        marks = self.marks
+        marks = self.forward.marks
         for index in reversed(range(len(self.runs))):
             t.run_backward(marks[index + 1])
             with t.repeated(self.runs[index].repeats):

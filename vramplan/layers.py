@@ -13,14 +13,15 @@ Source: transformers 5.17 ``integrations/bitsandbytes.py``; peft 0.21 ``tuners/l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vramplan import ops
 from vramplan.errors import UsageError
-from vramplan.formats import FP32, QUANT_FORMATS, Dtype
+from vramplan.formats import FP16, FP32, QUANT_FORMATS, Dtype
 from vramplan.job import ALL_LINEAR, Job
+from vramplan.loading import checkpoint_name, natural_key, warm_up_bytes, weights
 from vramplan.model import (
     Architecture,
     EmbeddingSpec,
@@ -263,10 +264,17 @@ class Built:
         model: The model.
         job: The job, which decides dtypes, quantisation and adapters.
         runs: How the layers are folded; ``layers`` holds one list a run.
+        from_checkpoint: Whether ``from_pretrained`` loads the weights, in the order of
+            ``vramplan.loading``; otherwise they are made on the card in the order of registration.
     """
 
-    def __init__(self, t: Tape, model: Model, job: Job, runs: list[Run]) -> None:
+    def __init__(
+        self, t: Tape, model: Model, job: Job, runs: list[Run], *, from_checkpoint: bool = False
+    ) -> None:
         self.t = t
+        # a model that is not quantised is loaded on the host and moved in order of registration
+        self.from_checkpoint = from_checkpoint and job.quantised
+        self.made_on_card = not from_checkpoint
         self.runs = runs
         self.job = job
         self.model = model
@@ -278,22 +286,61 @@ class Built:
         self.trainable: list[Param] = []
         self.storages: list[Storage] = []
         self.num_trainable = 0
-        self.embedding = self._embedding(arch.embedding)
         self.outside = Layer()
-        for spec in arch.outside:
-            self._add(self.outside, spec, "", 1)
         self.layers: list[list[Layer]] = []
-        start = 0
-        for run in runs:
-            self.layers.append(self._run(arch, run, start))
-            start += len(run.kinds) * run.repeats
-        self.final_norm = self._norm(arch.final_norm, "", 1) if arch.final_norm else None
-        self.head = self._head(arch.head)
+        self.final_norm: Norm | None = None
+        if self.from_checkpoint:
+            warm_up = Storage(t, warm_up_bytes(weights(model, job)), Kind.WEIGHTS, "warm-up")
+            del warm_up
+        self._load(arch)
         for nbytes in arch.model_buffers:
             self._hold(nbytes, Kind.WEIGHTS, "buffers")
         if self._to_cast:
             self._cast_to_fp32()
         self._add_adapters()
+        t.phase = Phase.PREPARE
+        t.empty_cache()  # Trainer.train begins with accelerate's free_memory
+
+    def _load(self, arch: Architecture) -> None:
+        """Every module: as registered, or as the checkpoint's tensors come, sorted by name."""
+        parts: list[tuple[str, Callable[[Architecture], None]]] = [
+            (arch.embedding.name, self._load_embedding),
+            *((spec.name, self._loader_of(spec)) for spec in arch.outside),
+            (f"{arch.layer_prefix}.0", self._load_layers),
+        ]
+        if arch.final_norm is not None:
+            parts.append((arch.final_norm.name, self._load_final_norm))
+        # a tied head shares the embedding's weight: behind all others
+        name = "~" if self.model.dims.tied else checkpoint_name(self.model, arch.head.name)
+        parts.append((name, self._load_head))
+        order = list(range(len(parts)))
+        if self.from_checkpoint:
+            order.sort(key=lambda index: natural_key(parts[index][0]))
+        cast: dict[int, list[Param]] = {}
+        for index in order:
+            before = len(self._to_cast)
+            parts[index][1](arch)
+            cast[index] = self._to_cast[before:]
+        self._to_cast = [param for index in range(len(parts)) for param in cast[index]]
+
+    def _load_embedding(self, arch: Architecture) -> None:
+        self.embedding = self._embedding(arch.embedding)
+
+    def _loader_of(self, spec: ModuleSpec) -> Callable[[Architecture], None]:
+        return lambda _: self._add(self.outside, spec, "", 1)
+
+    def _load_layers(self, arch: Architecture) -> None:
+        start = 0
+        for run in self.runs:
+            self.layers.append(self._run(arch, run, start))
+            start += len(run.kinds) * run.repeats
+
+    def _load_final_norm(self, arch: Architecture) -> None:
+        assert arch.final_norm is not None
+        self.final_norm = self._norm(arch.final_norm, "", 1)
+
+    def _load_head(self, arch: Architecture) -> None:
+        self.head = self._head(arch.head)
 
     def _add_adapters(self) -> None:
         """get_peft_model, once the model is loaded and prepared.
@@ -320,6 +367,12 @@ class Built:
                     nbytes = round_block(param.numel * param.dtype.size)
                     if param.storage is not None and param.storage.nbytes != nbytes:
                         param.storage = Storage(self.t, nbytes, Kind.ADAPTERS, param.owner)
+
+    def adapters(self) -> list[Adapter]:
+        """Every layer's LoRA matrices."""
+        layers = [self.outside, *(layer for layers in self.layers for layer in layers)]
+        linears = [linear for layer in layers for linear in layer.linears.values()]
+        return [x.adapter for x in (*linears, self.head) if x.adapter is not None]
 
     def _adapt(self, linears: Iterable[Linear], copies: int) -> list[Param]:
         """LoRA matrices for those that are targets; the two of each, in order."""
@@ -482,6 +535,11 @@ class Built:
         # the whole weight comes to the device first and goes when it is quantised
         whole = rows * columns * job.weight_dtype.size
         passing = [Storage(self.t, round_block(whole), Kind.WEIGHTS, owner)]
+        if self.from_checkpoint and spec.cls == "Conv1D":  # copied into nn.Linear's order
+            passing.append(Storage(self.t, round_block(whole), Kind.WEIGHTS, owner))
+        elif self.from_checkpoint and not fmt.block:  # LLM.int8: to the host and back in fp16
+            half = round_block(rows * columns * FP16.size)
+            passing.append(Storage(self.t, half, Kind.WEIGHTS, owner))
         scales = round_block(-(-rows * columns // fmt.block) * 4) if fmt.block else 0
         nested = fmt.nested and job.double_quant
         if nested:  # fp32 scales, then their distance from the mean, then those quantised
@@ -508,8 +566,17 @@ class Built:
     def _layer(self, arch: Architecture, kind: str, position: str, copies: int) -> Layer:
         prefix = f"{arch.layer_prefix}.{position}."
         layer = Layer(prefix.removesuffix("."), kind)
-        for spec in arch.block_of(kind):
+        specs = arch.block_of(kind)
+        ordered = (
+            sorted(specs, key=lambda s: natural_key(checkpoint_name(self.model, s.name)))
+            if self.from_checkpoint
+            else specs
+        )
+        for spec in ordered:
             self._add(layer, spec, prefix, copies)
+        # peft meets them as registered
+        names = [spec.name for spec in specs if spec.name in layer.linears]
+        layer.linears = {name: layer.linears[name] for name in names}
         for nbytes in arch.layer_buffers:
             self._hold(nbytes, Kind.WEIGHTS, prefix + "buffers")
         return layer
@@ -528,6 +595,11 @@ class Built:
         """The output head: never quantised, never in all-linear, maybe tied."""
         rows, columns = spec.out_features, spec.in_features
         saved = self._saved_copy(spec.name)
+        if self.model.dims.tied and self.made_on_card:  # with a weight of its own until it is tied
+            untied = Storage(
+                self.t, round_block(rows * columns * self.plain_dtype.size), Kind.WEIGHTS, spec.name
+            )
+            del untied
         if self.model.dims.tied and not saved:
             weight = self.embedding.weight
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from copy import copy
 from itertools import chain, takewhile
 
@@ -34,8 +34,9 @@ class Replay:
         self.settings = settings
         settled = _settled(timeline)
         self.live_bytes = _peak(settled)
-        begin, self._step = _in_order(settled)
-        self.requests = begin + self._step
+        parts = _in_order(settled)
+        self._step = parts[-1]
+        self.requests = list(chain.from_iterable(parts))
         self._roomy: CachingAllocator | None = None
 
     def under(self, settings: AllocatorSettings) -> Replay:
@@ -88,7 +89,7 @@ class Replay:
 
 def _once_more(step: list[Request]) -> Iterator[Request]:
     """The requests of a step for blocks of other identities."""
-    top = max((block for block, _ in step), default=0)
+    top = _last(step)
     return ((block + top if block > 0 else block, nbytes) for block, nbytes in step)
 
 
@@ -121,11 +122,13 @@ def _peak(timeline: Timeline) -> int:
     return best
 
 
-def _in_order(timeline: Timeline) -> tuple[list[Request], list[Request]]:
-    """The requests as a run makes them.
+def _in_order(timeline: Timeline) -> list[list[Request]]:
+    """The requests as a run makes them: load, a first step and optimizer state; a second step.
+
+    A run that evaluates does so behind the second step, and trains on in what that leaves.
 
     Returns:
-        Load, a first step and optimizer state; and any further step.
+        These parts, the last of them a step.
     """
     marked = {e.block for e in timeline.events() if e.nbytes == 0 and e.block > 0}
     sizes = {e.block: e.nbytes for e in timeline.events() if e.nbytes > 0 and e.block in marked}
@@ -143,26 +146,43 @@ def _in_order(timeline: Timeline) -> tuple[list[Request], list[Request]]:
             sections.append(Section(tuple(events), section.repeats))
     begin = Event(TRAINING_BEGINS, 0, Kind.BATCH, "", Phase.PREPARE)
     load.append(Section((begin,)))
-    walk = [
-        Section(tuple(e for e in s.events if e.phase is not Phase.STEP), s.repeats) for s in steps
-    ]
-    update = [
-        Section(tuple(e for e in s.events if e.phase is Phase.STEP), s.repeats) for s in steps
-    ]
-    requests = unroll(Timeline((*load, *walk, *state, *update)))
-    top = len(requests)
-    at_first_use = [n for n, (block, nbytes) in enumerate(requests) if not nbytes and block > 0]
+    evaluation = _of_phases(steps, {Phase.EVALUATE})
+    walk = _of_phases(steps, set(Phase) - {Phase.STEP, Phase.EVALUATE})
+    update = _of_phases(steps, {Phase.STEP})
+    first = unroll(Timeline((*load, *walk, *state, *update)))
+    top = len(first)
+    at_first_use = [n for n, (block, nbytes) in enumerate(first) if not nbytes and block > 0]
     for n in reversed(at_first_use):  # from behind: what goes does not move what is left
-        block = requests[n][0]
-        if any(requests[m][0] == block for m in at_first_use if m < n):
-            del requests[n]
+        block = first[n][0]
+        if any(first[m][0] == block for m in at_first_use if m < n):
+            del first[n]
         else:
-            requests[n] = (top + block, sizes[block])
-    again = [
-        Section(tuple(e for e in s.events if e.block not in marked or e.nbytes), s.repeats)
-        for s in (*walk, *update)
-    ]
-    return requests, unroll(Timeline(tuple(again)), top + max(sizes, default=0))
+            first[n] = (top + block, sizes[block])
+    top += max(sizes, default=0)
+    parts = [first, unroll(_without(marked, (*walk, *update)), top)]
+    if any(section.events for section in evaluation):
+        parts.append(unroll(_without(marked, evaluation), _last(parts[-1])))
+        parts.append(unroll(_without(marked, (*walk, *update)), _last(parts[-1])))
+    return parts
+
+
+def _of_phases(sections: Iterable[Section], phases: Collection[Phase]) -> list[Section]:
+    return [Section(tuple(e for e in s.events if e.phase in phases), s.repeats) for s in sections]
+
+
+def _without(marked: Collection[int], sections: Iterable[Section]) -> Timeline:
+    """Sections without the marks of blocks that are there already."""
+    return Timeline(
+        tuple(
+            Section(tuple(e for e in s.events if e.nbytes or e.block not in marked), s.repeats)
+            for s in sections
+        )
+    )
+
+
+def _last(requests: list[Request]) -> int:
+    """The largest identity."""
+    return max((block for block, _ in requests), default=0)
 
 
 def unroll(timeline: Timeline, fresh: int = 0) -> list[Request]:

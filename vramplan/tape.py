@@ -87,15 +87,22 @@ def alias(x: Tensor) -> Tensor:
 
 
 class Param(Tensor):
-    """A leaf: a parameter. ``copies`` identical ones exist (one per folded layer)."""
+    """A leaf: a parameter. ``copies`` identical ones exist (one per folded layer).
 
-    __slots__ = ("copies", "embedding", "grad", "matrices", "owner", "pending", "rows", "waiting")
+    ``trainable`` is its requires_grad; ``node`` is None for a trainable one too under no_grad.
+    """
+
+    __slots__ = (
+        "copies", "embedding", "grad", "matrices", "owner", "pending", "rows", "trainable",
+        "waiting",
+    )  # fmt: skip
     grad_kind = Kind.GRADIENTS
 
     def __init__(
         self, storage: Storage, numel: int, dtype: Dtype, trainable: bool, owner: str, copies: int
     ) -> None:
         super().__init__(storage, numel, dtype)
+        self.trainable = trainable
         self.node = self if trainable else None
         self.grad: Tensor | None = None
         self.owner = owner
@@ -397,6 +404,19 @@ class Tape:
             yield
         finally:
             self.autocast = outer
+
+    @contextmanager
+    def no_grad(self, params: Sequence[Param]) -> Iterator[None]:
+        """torch.no_grad: with leaves that ask for no gradient nothing records a node.
+
+        Args:
+            params: Every trainable parameter.
+        """
+        for param in params:
+            param.node = None
+        yield
+        for param in params:
+            param.node = param
 
     def cached_cast(self, param: Param) -> Tensor | None:
         """The low-precision copy that autocast made of this weight earlier in the context."""

@@ -212,3 +212,47 @@ def test_reader_that_goes_away() -> None:
         check=False,
     )
     assert done.stderr == ""
+
+
+EVALUATION = (
+    "fit", "llama-3.2-1b", "--memory", "12GiB", "--seq-len", "512", "--eval", "--eval-logits",
+    "--eval-samples", "64",
+)  # fmt: skip
+
+
+def test_an_evaluation_that_keeps_its_logits_is_what_fails() -> None:
+    done = vramplan(*EVALUATION)
+    assert done.returncode == 1
+    assert "Evaluation in batches of 8, logits of 64 samples kept on the card\n" in done.stdout
+    assert "Where the bytes go at the peak, in the evaluation\n" in done.stdout
+    assert "--eval-accumulation-steps 1" in done.stdout
+    document = json.loads(vramplan(*EVALUATION, "--json").stdout)
+    prediction = document["prediction"]
+    assert prediction["peak_phase"] == "evaluate"
+    phases = {name: peaks["peak_allocated_bytes"] for name, peaks in prediction["phases"].items()}
+    assert phases["evaluate"] == prediction["peak_allocated_bytes"]
+    assert phases["evaluate"] > 5 * phases["backward"]
+    assert document["job"]["eval_samples"] == 64
+    kept = vramplan(*EVALUATION, "--eval-accumulation-steps", "1")
+    assert kept.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--eval", "--eval-logits"), "say how many with --eval-samples"),
+        (("--eval-batch-size", "0", "--eval"), "--eval-batch-size must be a whole number"),
+        (("--eval-samples", "9"), "add --eval"),
+    ],
+)
+def test_evaluations_that_are_not_said_in_full(arguments: tuple[str, ...], words: str) -> None:
+    done = vramplan("fit", "pythia-70m", "--memory", "8GiB", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_trace_does_not_evaluate() -> None:
+    done = vramplan("trace", "pythia-70m", "--eval")
+    assert done.returncode == 2
+    assert done.stderr == "error: a trace runs training steps alone; leave out --eval\n"

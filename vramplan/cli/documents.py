@@ -56,7 +56,7 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
         "load_peak_bytes": prediction.load_peak_bytes,
         "host_ram_bytes": prediction.host_ram_bytes,
         "disk_bytes": prediction.disk_bytes,
-        "peak_phase": prediction.peak().phase.value,
+        "peak_phase": prediction.peak_phase,
         "breakdown": {kind.value: size for kind, size in prediction.breakdown().items()},
         "step_time_s": None,
         "tokens_per_s": None,
@@ -65,10 +65,14 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
         "calibration": profile.name,
         "calibration_borrowed": profile.borrowed,
         "calibration_doubt_bytes": profile.doubt_bytes,
+        "first_step_peak_allocated_bytes": prediction.first_step_peak_allocated_bytes,
+        "phases": {
+            name: {"peak_allocated_bytes": size} for name, size in prediction.phases().items()
+        },
         "bounds": {
             "peak_reserved_bytes": "allocator replay",
             "min_limit_bytes": "allocator replay under a limit",
-            "load_peak_bytes": "one weight at a time",
+            "load_peak_bytes": "replay of transformers' loader",
             "host_ram_bytes": "bound",
         },
     }
@@ -81,7 +85,7 @@ def prediction_keys() -> tuple[str, ...]:
         "context_bytes", "process_bytes", "device_peak_bytes", "paged_bytes", "load_peak_bytes",
         "host_ram_bytes", "disk_bytes", "peak_phase", "breakdown", "step_time_s", "tokens_per_s",
         "num_trainable", "flops_per_step", "calibration", "calibration_borrowed",
-        "calibration_doubt_bytes", "bounds",
+        "calibration_doubt_bytes", "first_step_peak_allocated_bytes", "phases", "bounds",
     )  # fmt: skip
 
 

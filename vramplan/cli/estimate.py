@@ -10,8 +10,15 @@ from rich.text import Text
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
+from vramplan.cli.lengths import (
+    LengthsOption,
+    lengths_document,
+    longest_fitting,
+    plan,
+    print_lengths,
+)
 from vramplan.job import Job
-from vramplan.prediction import Prediction, job_for, predict
+from vramplan.prediction import Prediction, job_for, predict, usable_bytes
 from vramplan.units import format_bytes, format_count
 
 
@@ -24,11 +31,16 @@ def estimate(
         str | None, typer.Option(help="Card whose constants to use.", show_default=False)
     ] = None,
     job: Job,
+    max_seq_len_of: LengthsOption = None,
+    context: typer.Context,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
     """The numbers of one job: memory by kind, host RAM and disk."""
     found = find_model(model)
+    planned = None
+    if max_seq_len_of is not None:
+        planned, job = plan(max_seq_len_of, job, context)
     o.check_length(found, job)
     card = None
     if gpu is not None:
@@ -37,16 +49,31 @@ def estimate(
         card = find_gpu(gpu)
     job = job_for(job, card)
     prediction = predict(found, job, card)
+    usable = usable_bytes(card) if card is not None and planned is not None else None
+    ceilings = []
+    if card is not None and usable is not None:
+        ceilings.append(longest_fitting(found, prediction, card.slug, usable, card))
     if as_json:
         from vramplan.cli.documents import document  # noqa: PLC0415
 
-        output.print_json(document(found, job, prediction))
+        answer = document(found, job, prediction)
+        if planned is not None:
+            answer["lengths"] = lengths_document(planned, ceilings, job)
+        output.print_json(answer)
         return
     print_numbers(prediction)
+    if planned is not None:
+        print_lengths(output.console(), planned, ceilings, prediction)
     if explain:
         from vramplan.cli.explain import print_explanation  # noqa: PLC0415
 
         print_explanation(output.console(), prediction)
+
+
+def evaluation_row(prediction: Prediction) -> list[tuple[str, int, str]]:
+    """The peak of an evaluation, where there is one."""
+    size = prediction.evaluate_peak_allocated_bytes
+    return [] if size is None else [("evaluate", size, "allocated while evaluating")]
 
 
 def print_numbers(prediction: Prediction) -> None:
@@ -66,6 +93,7 @@ def print_numbers(prediction: Prediction) -> None:
         ("device peak", prediction.device_peak_bytes, "the process in nvidia-smi, roomy card"),
         ("smallest limit", prediction.min_limit_bytes, "reserved bytes it can be held to"),
         ("load peak", prediction.load_peak_bytes, "while loading and preparing"),
+        *evaluation_row(prediction),
         ("paged", prediction.paged_bytes, "optimizer state that can leave the card"),
         ("host RAM", prediction.host_ram_bytes, "of the process, paged state evicted (bound)"),
         ("download", prediction.download_bytes, "the checkpoint on disk"),
@@ -76,6 +104,8 @@ def print_numbers(prediction: Prediction) -> None:
     out.print(table)
     out.print()
     peak = prediction.peak()
+    if prediction.peak_phase != peak.phase.value:
+        out.print(f"{prediction.peak_phase} takes more than any step. Of the steps:")
     out.print(f"At the peak ({peak.phase.value} of {peak.owner}):")
     parts = {kind.value: size for kind, size in prediction.breakdown().items()}
     output.print_parts(out, parts, prediction.peak_allocated_bytes, "peak allocated")

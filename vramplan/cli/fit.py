@@ -13,6 +13,15 @@ from vramplan.advice import Advice, Adviser, least_number_of_cards
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
+from vramplan.cli.lengths import (
+    MAX_CEILINGS,
+    Ceiling,
+    LengthsOption,
+    lengths_document,
+    longest_fitting,
+    plan,
+    print_lengths,
+)
 from vramplan.errors import UsageError
 from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.job import Job
@@ -28,6 +37,7 @@ from vramplan.prediction import (
     usable_bytes,
 )
 from vramplan.profile import profile_for
+from vramplan.timeline import Phase
 from vramplan.units import MIB, format_bytes, format_count, parse_size
 
 if TYPE_CHECKING:
@@ -68,12 +78,17 @@ def fit(
         typer.Option(help="A plain memory size instead, such as 12GiB.", show_default=False),
     ] = None,
     job: Job,
+    max_seq_len_of: LengthsOption = None,
+    context: typer.Context,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
     """Will the job fit? Exit code 0: yes, on a card at least; 1: on none; 2: could not answer."""
     cards = find_cards(gpu or [], memory)
     found = find_model(model)
+    planned = None
+    if max_seq_len_of is not None:
+        planned, job = plan(max_seq_len_of, job, context)
     o.check_length(found, job)
     answers = answer_all(found, job, cards)
     judged = [a for a in answers if a.verdict is not None]
@@ -84,6 +99,11 @@ def fit(
         )
     best = max(judged, key=lambda a: (a.verdict is not None and a.verdict.headroom_bytes))
     adviser = make_adviser(found, best)
+    ceilings = []
+    if planned is not None and len(judged) <= MAX_CEILINGS:
+        ceilings = [ceiling(found, a) for a in judged]
+    elif planned is not None:
+        print(f"note: name at most {MAX_CEILINGS} cards for the length each holds", file=sys.stderr)
     if as_json:
         from vramplan.cli.documents import (  # noqa: PLC0415
             document,
@@ -99,6 +119,8 @@ def fit(
             a.card.name: {"job": job_document(found, a.job)} | prediction_document(a.prediction)
             for a in judged
         }
+        if planned is not None:
+            answer["lengths"] = lengths_document(planned, ceilings, best.job)
         output.print_json(answer)
     elif len(answers) > 1:
         print_cards(found, answers)
@@ -108,6 +130,8 @@ def fit(
             from vramplan.cli.explain import print_explanation  # noqa: PLC0415
 
             print_explanation(output.console(), best.prediction)
+    if planned is not None and not as_json:
+        print_lengths(output.console(), planned, ceilings, best.prediction)
     if all(a.verdict is not None and a.verdict.verdict == "no" for a in judged):
         raise typer.Exit(1)
 
@@ -170,6 +194,13 @@ def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
     return answers
 
 
+def ceiling(model: Model, answer: Answer) -> Ceiling:
+    """The longest sequence with which the job fits the card of an answer."""
+    card = answer.card
+    assert card.usable_bytes is not None
+    return longest_fitting(model, answer.prediction, card.name, card.usable_bytes, card.gpu)
+
+
 def make_adviser(model: Model, answer: Answer) -> Adviser:
     """An adviser for one answer."""
     assert answer.card.usable_bytes is not None
@@ -227,8 +258,41 @@ def describe(job: Job) -> str:
         f"Batch {job.batch_size} x {job.seq_len} tokens, {job.optimizer_name}"
         + (", gradient checkpointing" if job.gradient_checkpointing else ", no checkpointing")
         + (f", r={job.lora_r}" if job.method != "full" else "")
+        + describe_evaluation(job)
         + (f", {job.alloc_conf}" if job.alloc_conf else "")
     )
+
+
+def describe_evaluation(job: Job) -> str:
+    """The evaluation, where there is one."""
+    if not job.evaluate:
+        return ""
+    kept = ""
+    if job.eval_logits:
+        every = job.eval_accumulation_steps
+        kept = f", logits of {job.eval_samples:,} samples kept"
+        kept += " on the card" if every is None else f", {every} batches of them on the card"
+    return f"\nEvaluation in batches of {job.eval_batch_size}{kept}"
+
+
+PHASE_WORDS = {
+    Phase.FORWARD: "in the forward",
+    Phase.LOSS: "in the loss",
+    Phase.BACKWARD: "in the backward",
+    Phase.STEP: "in the optimizer's step",
+    Phase.EVALUATE: "in the evaluation",
+}
+
+
+def peak_words(prediction: Prediction) -> str:
+    """When training's peak is, and whether loading needs more."""
+    words = PHASE_WORDS[prediction.peak().phase]
+    if prediction.peak_phase in (Phase.LOAD, Phase.PREPARE):
+        loading = "loading" if prediction.peak_phase == Phase.LOAD else "preparing"
+        words += (
+            f"; {loading} the model takes more: {format_bytes(prediction.before_training_bytes)}"
+        )
+    return words
 
 
 def print_answer(model: Model, answer: Answer, adviser: Adviser) -> None:
@@ -239,7 +303,7 @@ def print_answer(model: Model, answer: Answer, adviser: Adviser) -> None:
     out.print(headline(model, answer))
     out.print(describe(job))
     out.print()
-    out.print(Text("Where the bytes go at the peak", style="bold"))
+    out.print(Text(f"Where the bytes go at the peak, {peak_words(prediction)}", style="bold"))
     parts = {kind.value: size for kind, size in prediction.breakdown().items()}
     idle = prediction.peak_reserved_bytes - prediction.peak_allocated_bytes
     if idle:

@@ -58,6 +58,18 @@ _JOB_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
     ),
     "num_gpus": (int, "GPUs of the run; only 1 is modelled so far.", DEFAULT_JOB.num_gpus),
 }
+_EVALUATION_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
+    "evaluate": (bool, "Evaluate between training steps.", False),
+    "eval_batch_size": (int, "Sequences per evaluation batch.", DEFAULT_JOB.eval_batch_size),
+    "eval_logits": (bool, "Keep all logits in it, as compute_metrics does.", False),
+    "eval_accumulation_steps": (
+        int,
+        "Batches after which the logits leave the card [default: never].",
+        None,
+    ),
+    "eval_samples": (int, "Sequences to evaluate; needed with --eval-logits.", None),
+}
+_FLAGS = {"evaluate": "--eval", "eval_logits": "--eval-logits"}  # without a --no
 _NAME_LISTS = ("target_modules", "modules_to_save")
 _WHOLE = ("alloc_conf",)  # commas are part of it
 _ADAPTERS = ("lora_r", "lora_dropout", "target_modules")
@@ -95,7 +107,7 @@ def _with_options(
         parameters += _job_parameters(sweep) if parameter.name == name else [parameter]
 
     def wrapper(**values: Any) -> None:
-        own = {field: values.pop(field) for field in _JOB_OPTIONS}
+        own = {field: values.pop(field) for field in _options(sweep)}
         command(**values, **{name: collect(own)})
 
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
@@ -106,15 +118,21 @@ def _with_options(
     return wrapper
 
 
+def _options(sweep: bool) -> dict[str, tuple[Any, str | None, Any]]:
+    """The job options; a sweep measures and has its own words for what it does beside training."""
+    return _JOB_OPTIONS if sweep else _JOB_OPTIONS | _EVALUATION_OPTIONS
+
+
 def _job_parameters(sweep: bool) -> list[inspect.Parameter]:
     """Typer's parameters for the job options."""
     found = []
-    for name, (kind, text, default) in _JOB_OPTIONS.items():
+    for name, (kind, text, default) in _options(sweep).items():
         value, typed = default, kind
         if sweep and kind is not bool:
             typed = str
             value = None if default is None else str(default)
-        option = typer.Option(help=text, show_default=value not in (None, ""))
+        names = (_FLAGS[name],) if name in _FLAGS else ()
+        option = typer.Option(*names, help=text, show_default=value not in (None, ""))
         found.append(
             inspect.Parameter(
                 name,
@@ -138,6 +156,11 @@ def make_job(values: dict[str, Any]) -> Job:
         UsageError: If a value is out of range or unknown.
     """
     targets = values["target_modules"]
+    if values["eval_logits"] and values["eval_samples"] is None:
+        raise UsageError(
+            "--eval-logits keeps the logits of every sample on the card: say how many with "
+            "--eval-samples"
+        )
     job = Job(
         **{
             **values,

@@ -16,7 +16,7 @@ from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.cli.documents import SCHEMA_VERSION, prediction_keys
 from vramplan.cli.measured import print_comparison
-from vramplan.errors import EnvironmentProblem
+from vramplan.errors import EnvironmentProblem, UsageError
 from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.estimate import estimate as walk
 from vramplan.families import NAMES
@@ -73,7 +73,10 @@ def run_trace(
 
     Raises:
         EnvironmentProblem: If the libraries that it runs are not installed.
+        UsageError: If the job evaluates.
     """
+    if job.evaluate:
+        raise UsageError("a trace runs training steps alone; leave out --eval")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise EnvironmentProblem(
