@@ -49,7 +49,7 @@ class Replay:
     def roomy(self) -> CachingAllocator:
         """The allocator after the run on a card with room."""
         if self._roomy is None:
-            self._roomy = replay(self.requests, settings=self.settings)
+            self._roomy = replay(chain(self.requests, _once_more(self._step)), settings=self.settings)
         return self._roomy
 
     def reserved_bytes(self) -> int:
