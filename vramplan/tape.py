@@ -279,7 +279,12 @@ class Tape:
         self._awaited[library, backward] = block
 
     def use(self, library: str) -> None:
-        """The thread at work calls ``cublas`` or ``cublaslt``."""
+        """The thread at work calls ``cublas`` or ``cublaslt``, whose handle is cuBLAS's own.
+
+        Source: torch 2.11 ``cuda/CublasHandlePool.cpp`` (``getCurrentCUDABlasLtHandle``).
+        """
+        if library == "cublaslt":
+            self.use("cublas")
         block = self._awaited.pop((library, self.phase is Phase.BACKWARD), None)
         if block is not None:
             self.events.append((block, 0, Kind.WORKSPACE, library, self.phase, 1))
