@@ -25,9 +25,9 @@ class Replay:
         timeline: The run.
         settings: The allocator's settings; the timeline's sizes are already rounded under them.
 
-    Two steps are replayed: workspaces and optimizer state, allocated during the first, shape what
-    the second one finds. Under a limit it is three: what the second one had to give back shapes
-    what the third one finds, and a recorded search has runs that end there.
+    Three steps are replayed: workspaces and optimizer state, allocated during the first, shape what
+    the second one finds, and where its blocks came to lie shapes the third. Recorded runs have
+    grown, and run out of memory, as late as that, and not later.
     """
 
     def __init__(self, timeline: Timeline, settings: AllocatorSettings = DEFAULT_SETTINGS) -> None:
@@ -49,7 +49,8 @@ class Replay:
     def roomy(self) -> CachingAllocator:
         """The allocator after the run on a card with room."""
         if self._roomy is None:
-            self._roomy = replay(chain(self.requests, _once_more(self._step)), settings=self.settings)
+            run = chain(self.requests, _once_more(self._step))
+            self._roomy = replay(run, settings=self.settings)
         return self._roomy
 
     def reserved_bytes(self) -> int:
