@@ -25,9 +25,9 @@ class Replay:
         timeline: The run.
         settings: The allocator's settings; the timeline's sizes are already rounded under them.
 
-    Two steps are replayed: workspaces and optimizer state, allocated during the first, shape what
-    the second one finds. Under a limit it is three: what the second one had to give back shapes
-    what the third one finds, and a recorded search has runs that end there.
+    Three steps are replayed: workspaces and optimizer state, allocated during the first, shape what
+    the second one finds, and what that had to give back, or left in pieces, shapes the third. Some
+    recorded runs under a limit end there.
     """
 
     def __init__(self, timeline: Timeline, settings: AllocatorSettings = DEFAULT_SETTINGS) -> None:
@@ -35,8 +35,7 @@ class Replay:
         settled = _settled(timeline)
         self.live_bytes = _peak(settled)
         parts = _in_order(settled)
-        self._step = parts[-1]
-        self.requests = list(chain.from_iterable(parts))
+        self.requests = [*chain.from_iterable(parts), *_once_more(parts[-1])]
         self._roomy: CachingAllocator | None = None
 
     def under(self, settings: AllocatorSettings) -> Replay:
@@ -49,7 +48,7 @@ class Replay:
     def roomy(self) -> CachingAllocator:
         """The allocator after the run on a card with room."""
         if self._roomy is None:
-            self._roomy = replay(chain(self.requests, _once_more(self._step)), settings=self.settings)
+            self._roomy = replay(self.requests, settings=self.settings)
         return self._roomy
 
     def reserved_bytes(self) -> int:
@@ -68,7 +67,7 @@ class Replay:
     def runs_within(self, limit: int) -> bool:
         """Whether the run succeeds when the allocator may reserve ``limit`` bytes."""
         try:
-            replay(chain(self.requests, _once_more(self._step)), limit, self.settings)
+            replay(self.requests, limit, self.settings)
         except OutOfMemory:
             return False
         return True
