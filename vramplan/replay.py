@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from copy import copy
 from itertools import chain, takewhile
 
@@ -35,7 +35,7 @@ class Replay:
         settled = _settled(timeline)
         self.live_bytes = _peak(settled)
         parts = _in_order(settled)
-        self.requests = [*chain.from_iterable(parts), *_once_more(parts[-1])]
+        self.requests = [*chain.from_iterable(parts), *parts[-1]]
         self._roomy: CachingAllocator | None = None
 
     def under(self, settings: AllocatorSettings) -> Replay:
@@ -86,12 +86,6 @@ class Replay:
         return high
 
 
-def _once_more(step: list[Request]) -> Iterator[Request]:
-    """The requests of a step for blocks of other identities."""
-    top = _last(step)
-    return ((block + top if block > 0 else block, nbytes) for block, nbytes in step)
-
-
 def _settled(timeline: Timeline) -> Timeline:
     """The timeline without what only gives a block another purpose: it does not move."""
     sections = []
@@ -127,7 +121,8 @@ def _in_order(timeline: Timeline) -> list[list[Request]]:
     A run that evaluates does so behind the second step, and trains on in what that leaves.
 
     Returns:
-        These parts, the last of them a step.
+        These parts, the last of them a step. It can be asked for again: what a step makes and does
+        not release is never released.
     """
     marked = {e.block for e in timeline.events() if e.nbytes == 0 and e.block > 0}
     sizes = {e.block: e.nbytes for e in timeline.events() if e.nbytes > 0 and e.block in marked}
@@ -160,8 +155,8 @@ def _in_order(timeline: Timeline) -> list[list[Request]]:
     top += max(sizes, default=0)
     parts = [first, unroll(_without(marked, (*walk, *update)), top)]
     if any(section.events for section in evaluation):
-        parts.append(unroll(_without(marked, evaluation), _last(parts[-1])))
-        parts.append(unroll(_without(marked, (*walk, *update)), _last(parts[-1])))
+        top = max(block for block, _ in parts[1])
+        parts += [unroll(_without(marked, evaluation), top), parts[1]]
     return parts
 
 
@@ -177,11 +172,6 @@ def _without(marked: Collection[int], sections: Iterable[Section]) -> Timeline:
             for s in sections
         )
     )
-
-
-def _last(requests: list[Request]) -> int:
-    """The largest identity."""
-    return max((block for block, _ in requests), default=0)
 
 
 def unroll(timeline: Timeline, fresh: int = 0) -> list[Request]:
