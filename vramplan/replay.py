@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from copy import copy
 from itertools import chain, takewhile
 
@@ -26,8 +26,8 @@ class Replay:
         settings: The allocator's settings; the timeline's sizes are already rounded under them.
 
     Three steps are replayed: workspaces and optimizer state, allocated during the first, shape what
-    the second one finds, and where its blocks came to lie shapes the third. Recorded runs have
-    grown, and run out of memory, as late as that, and not later.
+    the second one finds, and what that had to give back, or left in pieces, shapes the third. Some
+    recorded runs under a limit end there.
     """
 
     def __init__(self, timeline: Timeline, settings: AllocatorSettings = DEFAULT_SETTINGS) -> None:
@@ -35,8 +35,7 @@ class Replay:
         settled = _settled(timeline)
         self.live_bytes = _peak(settled)
         parts = _in_order(settled)
-        self._step = parts[-1]
-        self.requests = list(chain.from_iterable(parts))
+        self.requests = [*chain.from_iterable(parts), *parts[-1]]
         self._roomy: CachingAllocator | None = None
 
     def under(self, settings: AllocatorSettings) -> Replay:
@@ -49,8 +48,7 @@ class Replay:
     def roomy(self) -> CachingAllocator:
         """The allocator after the run on a card with room."""
         if self._roomy is None:
-            run = chain(self.requests, _once_more(self._step))
-            self._roomy = replay(run, settings=self.settings)
+            self._roomy = replay(self.requests, settings=self.settings)
         return self._roomy
 
     def reserved_bytes(self) -> int:
@@ -69,7 +67,7 @@ class Replay:
     def runs_within(self, limit: int) -> bool:
         """Whether the run succeeds when the allocator may reserve ``limit`` bytes."""
         try:
-            replay(chain(self.requests, _once_more(self._step)), limit, self.settings)
+            replay(self.requests, limit, self.settings)
         except OutOfMemory:
             return False
         return True
@@ -86,12 +84,6 @@ class Replay:
             else:
                 low = middle
         return high
-
-
-def _once_more(step: list[Request]) -> Iterator[Request]:
-    """The requests of a step for blocks of other identities."""
-    top = _last(step)
-    return ((block + top if block > 0 else block, nbytes) for block, nbytes in step)
 
 
 def _settled(timeline: Timeline) -> Timeline:
@@ -129,7 +121,8 @@ def _in_order(timeline: Timeline) -> list[list[Request]]:
     A run that evaluates does so behind the second step, and trains on in what that leaves.
 
     Returns:
-        These parts, the last of them a step.
+        These parts, the last of them a step. It can be asked for again: what a step makes and does
+        not release is never released.
     """
     marked = {e.block for e in timeline.events() if e.nbytes == 0 and e.block > 0}
     sizes = {e.block: e.nbytes for e in timeline.events() if e.nbytes > 0 and e.block in marked}
@@ -162,8 +155,8 @@ def _in_order(timeline: Timeline) -> list[list[Request]]:
     top += max(sizes, default=0)
     parts = [first, unroll(_without(marked, (*walk, *update)), top)]
     if any(section.events for section in evaluation):
-        parts.append(unroll(_without(marked, evaluation), _last(parts[-1])))
-        parts.append(unroll(_without(marked, (*walk, *update)), _last(parts[-1])))
+        top = max(block for block, _ in parts[1])
+        parts += [unroll(_without(marked, evaluation), top), parts[1]]
     return parts
 
 
@@ -179,11 +172,6 @@ def _without(marked: Collection[int], sections: Iterable[Section]) -> Timeline:
             for s in sections
         )
     )
-
-
-def _last(requests: list[Request]) -> int:
-    """The largest identity."""
-    return max((block for block, _ in requests), default=0)
 
 
 def unroll(timeline: Timeline, fresh: int = 0) -> list[Request]:
