@@ -110,12 +110,16 @@ class Adviser:
         return self._bases[key]
 
     def _may_gain_from_segments(self) -> bool:
-        """Whether expandable segments could save anything: at most what lies idle at the peak."""
+        """Whether expandable segments are worth a replay of their own, as long as all the rest.
+
+        They save at most what lies idle at the peak; a job that fits with more than that to spare
+        has no use for it.
+        """
         if self.job.allocator_settings.expandable_segments:
             return False
         idle = self.headline.peak_reserved_bytes - self.headline.peak_allocated_bytes
-        fits = self._known[self.job][1].verdict == VERDICTS[-1]
-        return not fits or idle > NOTICEABLE * self.headline.device_peak_bytes
+        own = self._known[self.job][1]
+        return own.verdict != VERDICTS[-1] or idle > own.headroom_bytes
 
     # -- what there is room for ----------------------------------------------------------------
 

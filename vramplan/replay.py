@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from copy import copy
-from itertools import chain, takewhile
+from itertools import takewhile
 
 from vramplan.alloc_conf import DEFAULT_SETTINGS, AllocatorSettings
 from vramplan.allocator import Block, CachingAllocator, OutOfMemory
@@ -15,6 +15,8 @@ from vramplan.timeline import BEFORE_TRAINING, Event, Kind, Phase, Section, Time
 Request = tuple[int, int]  # (block identity, bytes); negative bytes release it
 EMPTY_CACHE = 0  # marks: blocks of no bytes
 TRAINING_BEGINS = -1
+STEP_ENDS = -2
+_SPLIT = -3
 LIMIT_RESOLUTION = 32 * 1024**2
 
 
@@ -34,8 +36,7 @@ class Replay:
         self.settings = settings
         settled = _settled(timeline)
         self.live_bytes = _peak(settled)
-        parts = _in_order(settled)
-        self.requests = [*chain.from_iterable(parts), *parts[-1]]
+        self.requests = _in_order(settled)
         self._roomy: CachingAllocator | None = None
 
     def under(self, settings: AllocatorSettings) -> Replay:
@@ -115,14 +116,11 @@ def _peak(timeline: Timeline) -> int:
     return best
 
 
-def _in_order(timeline: Timeline) -> list[list[Request]]:
-    """The requests as a run makes them: load, a first step and optimizer state; a second step.
+def _in_order(timeline: Timeline) -> list[Request]:
+    """The requests as a run makes them: load, a first step and optimizer state; two more steps.
 
-    A run that evaluates does so behind the second step, and trains on in what that leaves.
-
-    Returns:
-        These parts, the last of them a step. It can be asked for again: what a step makes and does
-        not release is never released.
+    A run that evaluates does so behind the second step, and trains on in what that leaves. A step's
+    requests can be asked for again: what it makes and does not release is never released.
     """
     marked = {e.block for e in timeline.events() if e.nbytes == 0 and e.block > 0}
     sizes = {e.block: e.nbytes for e in timeline.events() if e.nbytes > 0 and e.block in marked}
@@ -138,26 +136,39 @@ def _in_order(timeline: Timeline) -> list[list[Request]]:
                 kept[event.kind is Kind.OPTIMIZER].append(event)
         for sections, events in zip((load, state, steps), kept, strict=True):
             sections.append(Section(tuple(events), section.repeats))
-    begin = Event(TRAINING_BEGINS, 0, Kind.BATCH, "", Phase.PREPARE)
-    load.append(Section((begin,)))
     evaluation = _of_phases(steps, {Phase.EVALUATE})
     walk = _of_phases(steps, set(Phase) - {Phase.STEP, Phase.EVALUATE})
     update = _of_phases(steps, {Phase.STEP})
-    first = unroll(Timeline((*load, *walk, *state, *update)))
-    top = len(first)
-    at_first_use = [n for n, (block, nbytes) in enumerate(first) if not nbytes and block > 0]
-    for n in reversed(at_first_use):  # from behind: what goes does not move what is left
-        block = first[n][0]
-        if any(first[m][0] == block for m in at_first_use if m < n):
-            del first[n]
-        else:
-            first[n] = (top + block, sizes[block])
-    top += max(sizes, default=0)
-    parts = [first, unroll(_without(marked, (*walk, *update)), top)]
+    split = _mark(_SPLIT)
+    whole = (*load, _mark(TRAINING_BEGINS), split, *walk, split, *state, split, *update)
+    before, first_walk, made, last = _parts(unroll(Timeline(whole)))
+    step = [request for request in first_walk if request[1] or request[0] <= 0] + last
+    top = len(before) + len(first_walk) + len(made) + len(last)
+    first = list(before)
+    used: set[int] = set()
+    for block, nbytes in first_walk:
+        if nbytes or block <= 0:
+            first.append((block, nbytes))
+        elif block not in used:  # a workspace, at its first use
+            used.add(block)
+            first.append((top + block, sizes[block]))
+    first += made + last
     if any(section.events for section in evaluation):
-        top = max(block for block, _ in parts[1])
-        parts += [unroll(_without(marked, evaluation), top), parts[1]]
-    return parts
+        top += max(sizes, default=0)
+        return [*first, *step, *unroll(_without(marked, evaluation), top), *step, *step]
+    end = [(STEP_ENDS, 0)]
+    return [*first, *end, *step, *end, *step]
+
+
+def _mark(block: int) -> Section:
+    return Section((Event(block, 0, Kind.BATCH, "", Phase.PREPARE),))
+
+
+def _parts(requests: list[Request]) -> list[list[Request]]:
+    """The requests between the marks that split them."""
+    ends = [n for n, request in enumerate(requests) if request[0] == _SPLIT] + [len(requests)]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    return [requests[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def _of_phases(sections: Iterable[Section], phases: Collection[Phase]) -> list[Section]:
@@ -231,6 +242,7 @@ def replay(
     allocator = allocator_for(settings, limit)
     live: dict[int, Block] = {}
     malloc, free, release = allocator.malloc, allocator.free, live.pop
+    taken = 0
     for identity, nbytes in requests:
         if nbytes > 0:
             live[identity] = malloc(nbytes)
@@ -238,6 +250,10 @@ def replay(
             free(release(identity))
         elif identity == EMPTY_CACHE:
             allocator.empty_cache()
-        else:
+        elif identity == TRAINING_BEGINS:
             allocator.ready_allocated = allocator.peak_allocated = allocator.allocated
+        else:
+            before, taken = taken, allocator.num_large_segments
+            if taken == before:
+                break  # a step that found room for all it asked for leaves that to the next
     return allocator
