@@ -172,8 +172,11 @@ class Step:
         static = t.live_bytes
         before = t.peak_bytes
         t.peak_bytes = 0
+        t.phase = Phase.FORWARD
+        batches = self._batches()
         for _ in range(min(self.job.gradient_accumulation_steps, 2)):
             self._micro_step()
+        del batches
         walk_peak = t.peak_bytes
         t.peak_bytes = 0
         self._optimizer_step()
@@ -235,27 +238,30 @@ class Step:
                 held.append(storage)
         return held
 
-    def _batch(self) -> list[Tensor]:
-        """input_ids, attention_mask and labels, as the data loader moves them to the device."""
-        t = self.tape
-        t.owner = "batch"
-        return [t.new(self.job.tokens, INT64, Kind.BATCH) for _ in range(3)]
+    def _batches(self) -> list[Storage]:
+        """input_ids, attention_mask and labels, as the data loader moves them to the device.
+
+        Trainer fetches those of all micro-batches first, to count their labels.
+
+        Source: transformers 5.17.0 ``trainer.py`` (``get_batch_samples``).
+        """
+        nbytes, steps = round_block(self.job.tokens * 8), self.job.gradient_accumulation_steps
+        return [Storage(self.tape, nbytes, Kind.BATCH, "batch", steps) for _ in range(3)]
 
     def _micro_step(self) -> None:
         t = self.tape
         t.phase = Phase.FORWARD
-        batch = self._batch()
         t.kind = Kind.ACTIVATIONS
         loss = self._forward()
         t.phase = Phase.BACKWARD
         with t.no_autocast():
             self._backward(loss)
         del loss
+        t.drop_graph()
         self.env.kept = None
         if self.leaf is not None:
             self.leaf.release()
             self.leaf = None
-        del batch
 
     def _forward(self) -> Tensor:
         """The model's forward and what accelerate wraps around it."""
@@ -299,6 +305,7 @@ class Step:
             with t.repeated(run.repeats):
                 for layer in layers:
                     hidden = self._layer(layer, hidden)
+                t.keep_output(hidden)
             self.marks.append(t.position)
         env.kept = None
         if built.final_norm is not None:
@@ -385,11 +392,17 @@ class Step:
     def _update(self, trainable: list[Param]) -> None:
         """The temporaries of the optimizer's step."""
         t, optimizer = self.tape, self.job.optimizer
-        if optimizer.loop_temporaries:  # one parameter after another: the largest decides
-            for param in sorted(trainable, key=lambda p: -p.numel)[:1]:
+        if optimizer.loop_temporaries:
+            # one parameter after another, first all that decay; a local of the loop still holds
+            # the last one's update while the next begins
+            decayed = [param for param in trainable if param.rows]
+            before = 0
+            for param in (*decayed, *(param for param in trainable if not param.rows)):
                 sizes = optimizer.step_temporaries(param.numel, param.dtype)
-                held = [Storage(t, nbytes, Kind.WORKSPACE, "optimizer") for nbytes in sizes]
+                update = round_block(param.numel * FP32.size)
+                held = [Storage(t, n, Kind.WORKSPACE, "optimizer") for n in (before, *sizes) if n]
                 del held
+                before = update
             return
         made: list[tuple[int, Storage]] = []
         for copies, params in groupby(trainable, key=lambda p: p.copies):

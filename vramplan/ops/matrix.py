@@ -45,7 +45,10 @@ def falcon_linear(
         w = to(t, w, t.autocast)
         x = to(t, x, t.autocast)
     out = _product(t, x, w, None, rows, columns)
-    return out if bias is None else add(t, out, bias)
+    if bias is None:
+        return out
+    del x, w  # the casts go with the product
+    return add(t, out, bias)
 
 
 def _product(t: Tape, x: Tensor, w: Tensor, b: Tensor | None, rows: int, columns: int) -> Tensor:
@@ -229,11 +232,10 @@ def _matmul_4bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     absmax = t.scratch(-(-rows * columns // 64) * 4)
     weight = t.scratch(rows * columns * stored.size)
     del absmax
-    cast: Storage | None = None
     if stored is not grad.dtype:
-        cast = t.scratch(rows * columns * grad.dtype.size)
+        weight = t.scratch(rows * columns * grad.dtype.size)
     gx = t.new(tokens * columns, grad.dtype)
-    del weight, cast
+    del weight
     t.flops += 2 * tokens * rows * columns
     return (gx,)
 
@@ -244,8 +246,7 @@ def matmul_8bit(t: Tape, x: Tensor, rows: int, columns: int) -> Tensor:
     Source: bitsandbytes 0.50.2 ``autograd/_functions.py``.
 
     Known limitations:
-        Outlier columns (threshold 6.0) depend on the data and are taken as none. The input kept on
-        ``ctx`` is released with its node, where the real one stays until the whole graph goes.
+        Outlier columns (threshold 6.0) depend on the data and are taken as none.
     """
     tokens = x.numel // columns
     half = None if x.dtype.name == "fp16" else t.scratch(x.numel * 2)
@@ -257,7 +258,9 @@ def matmul_8bit(t: Tape, x: Tensor, rows: int, columns: int) -> Tensor:
     del quantised, row_scale, product
     t.flops += 2 * tokens * rows * columns
     if x.node is not None:
-        # ctx.tensors keeps the input itself, out of reach of saved-tensor hooks
+        # ctx.tensors keeps the input itself, out of reach of saved-tensor hooks; executing the node
+        # frees what it saved, not that
+        t.keep_with_graph(x)
         out.node = t.node((x.node,), _matmul_8bit_backward, args=(tokens, rows, columns, x))
     return out
 

@@ -89,7 +89,7 @@ def trace(
     if fold:
         with quiet():
             whole = base_model(config, job, where)
-        cut = find_cut(whole)
+        cut = find_cut(whole, 1 if job.method == "full" or job.gradient_checkpointing else 2)
         if cut.repeats > 1:
             return Run(build(config, job, where, cut.config), job, capability, cut).perform()
     return Run(build(config, job, where), job, capability, WHOLE).perform()
