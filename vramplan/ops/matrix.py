@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vramplan.formats import Dtype
 from vramplan.ops.base import Grads, autocast_weight, column_sum, copy, leaf_grad, to, view
 from vramplan.ops.elementwise import add
-from vramplan.tape import Node, Param, Storage, Tape, Tensor
+from vramplan.tape import Node, Param, Tape, Tensor
 from vramplan.timeline import Kind
 
 
@@ -114,8 +114,8 @@ def batched_matmul(
         numel: Elements of the result.
         inner: Contracted dimension.
         batch: Batch size.
-        folds: Whether the memory order of each operand lets batch and heads fold; attention weights
-            as first operand always do.
+        folds: Whether the memory order of each operand lets batch and heads fold, as that of
+            attention weights does.
 
     Source: torch 2.11 ``aten/src/ATen/native/LinearAlgebra.cpp`` (``_matmul_impl``).
     """
@@ -124,7 +124,7 @@ def batched_matmul(
         a = to(t, a, t.autocast)
     arguments = a, b  # the caller holds them while matmul works on copies
     if batch > 1:
-        if a.numel < numel and not folds[0]:  # queries
+        if not folds[0]:
             a = copy(t, a)
         if not folds[1]:
             b = copy(t, b)

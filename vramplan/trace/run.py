@@ -212,18 +212,14 @@ class Run:
             self.books.allocate(CUBLASLT_WORKSPACE, Kind.WORKSPACE, "cublas")
 
     def _num_cublaslt_threads(self) -> int:
-        head = self.model.get_output_embeddings()
         biased = [
-            module
+            self.books.layer_of(owner_of(name)) is not None
             for name, module in self.model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D)
             and module.bias is not None
-            and module is not head
             and type(module).__name__ not in ("Linear8bitLt", "FalconLinear")
         ]
-        in_head = head is not None and getattr(head, "bias", None) is not None
-        recomputed = bool(biased) and self.job.gradient_checkpointing
-        return int(bool(biased) or in_head) + int(recomputed)
+        return int(bool(biased)) + int(any(biased) and self.job.gradient_checkpointing)
 
     # -- a step ----------------------------------------------------------------------------------
 
