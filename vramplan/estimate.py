@@ -22,7 +22,7 @@ from vramplan.job import Job
 from vramplan.layers import Built, Layer, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
 from vramplan.tape import Leaf, Param, Storage, Tape, Tensor
-from vramplan.timeline import Kind, Phase, Timeline
+from vramplan.timeline import Kind, Peak, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
@@ -63,6 +63,10 @@ class Estimate:
     def timeline(self) -> Timeline:
         """Every allocation of the run."""
         return self.tape.timeline()
+
+    def peak(self) -> Peak:
+        """The fullest moment of the step."""
+        return self.timeline.peak()
 
 
 def num_cublaslt_threads(model: Model, job: Job) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vramplan.estimate import DEFAULT_CAPABILITY, Estimate, estimate
 from vramplan.job import Job
-from vramplan.model import Model
+from vramplan.model import Model, TracedModel
 from vramplan.profile import Profile, profile_for
 from vramplan.replay import Replay
-from vramplan.timeline import Kind, Peak
+from vramplan.timeline import Kind, Peak, Timeline
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
@@ -21,12 +21,35 @@ if TYPE_CHECKING:
 LIMIT_MARGIN = 0.01
 
 
+class Witness(Protocol):
+    """What the estimate and the trace both tell of a job, in bytes."""
+
+    @property
+    def ready_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def peak_allocated_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def load_peak_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def optimizer_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def paged_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def num_trainable(self) -> int: ...  # noqa: D102
+    @property
+    def flops(self) -> int | None: ...  # noqa: D102
+    @property
+    def timeline(self) -> Timeline: ...  # noqa: D102
+
+    def peak(self) -> Peak: ...  # noqa: D102
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """All numbers of one job, in bytes.
 
     Attributes:
-        estimate: The walk behind it.
+        estimate: The walk behind it, or the trace.
         profile: The measured constants it uses.
         cache: What the caching allocator makes of the walk.
         process_bytes: What the process holds beyond reserved memory.
@@ -35,8 +58,8 @@ class Prediction:
     """
 
     job: Job
-    model: Model
-    estimate: Estimate
+    model: Model | TracedModel
+    estimate: Witness
     profile: Profile
     cache: ReplayedCache | SimilarCache
     process_bytes: int
@@ -105,14 +128,19 @@ class Prediction:
 
     def breakdown(self) -> dict[Kind, int]:
         """Bytes by kind at the peak; they sum to ``peak_allocated_bytes``."""
-        parts = self.estimate.timeline.peak().by_kind
+        parts = self.estimate.peak().by_kind
         if self.cache.slack_bytes:
             parts[Kind.ROUNDING] = self.cache.slack_bytes
         return parts
 
     def peak(self) -> Peak:
         """The fullest moment and what is in it."""
-        return self.estimate.timeline.peak()
+        return self.estimate.peak()
+
+    @property
+    def witness(self) -> str:
+        """Who told: ``estimate`` or ``trace``."""
+        return "trace" if isinstance(self.model, TracedModel) else "estimate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,22 +207,41 @@ def predict(
         cache = ReplayedCache(Replay(walked.timeline), walked)
     else:
         cache = SimilarCache(like, walked)
+    return conclude(model, job, walked, profile, cache)
+
+
+def conclude(
+    model: Model | TracedModel,
+    job: Job,
+    told: Witness,
+    profile: Profile,
+    cache: ReplayedCache | SimilarCache,
+) -> Prediction:
+    """The numbers that follow from what a witness tells and from a card's constants.
+
+    Args:
+        model: The model.
+        job: The job.
+        told: The estimate or the trace.
+        profile: The card's constants.
+        cache: What the caching allocator makes of it.
+    """
     return Prediction(
         job=job,
         model=model,
-        estimate=walked,
+        estimate=told,
         profile=profile,
         cache=cache,
         process_bytes=profile.process_bytes(bitsandbytes=job.uses_bitsandbytes),
-        download_bytes=model.num_parameters * model.dims.dtype.size,
-        adapter_bytes=_saved_bytes(model, job, walked),
+        download_bytes=model.num_parameters * model.checkpoint_dtype.size,
+        adapter_bytes=_saved_bytes(model, job, told),
     )
 
 
 class ReplayedCache:
     """What the caching allocator makes of a job, by replay."""
 
-    def __init__(self, replayed: Replay, walked: Estimate) -> None:
+    def __init__(self, replayed: Replay, walked: Witness) -> None:
         self.replayed = replayed
         self.ready_slack_bytes = replayed.ready_slack_bytes()
         self.slack_bytes = replayed.slack_bytes()
@@ -220,6 +267,7 @@ class SimilarCache:
         peak = walked.peak_allocated_bytes
         moving = max(0, peak - walked.static_bytes)
         other = like.estimate
+        assert isinstance(other, Estimate)
         other_moving = max(1, other.peak_allocated_bytes - other.static_bytes)
         idle = max(0, like.peak_reserved_bytes - other.peak_allocated_bytes)
         self.ready_slack_bytes = self.slack_bytes = 0
@@ -235,11 +283,11 @@ class SimilarCache:
         return self._least
 
 
-def _saved_bytes(model: Model, job: Job, walked: Estimate) -> int:
+def _saved_bytes(model: Model | TracedModel, job: Job, told: Witness) -> int:
     """The saved adapter (fp32), or the whole model in its dtype."""
     if job.method == "full":
         return model.num_parameters * job.weight_dtype.size
-    return walked.num_trainable * 4
+    return told.num_trainable * 4
 
 
 def usable_bytes(gpu: Gpu) -> int | None:

@@ -20,13 +20,18 @@ class Replay:
     statistics and other long-lived things in 2 MiB segments and is taken as full ones. Two steps
     are replayed: workspaces and optimizer state, allocated during the first, shape what the second
     one finds.
+
+    Args:
+        timeline: The run.
+        in_order: Whether it is written as it went, both steps of it (a trace), and not as one
+            steady step whose optimizer state comes first (an estimate).
     """
 
-    def __init__(self, timeline: Timeline) -> None:
+    def __init__(self, timeline: Timeline, *, in_order: bool = False) -> None:
         large, small = _split_pools(timeline)
         self.small_bytes = -(-_peak(small) // SMALL_BUFFER) * SMALL_BUFFER
         self.live_bytes = _peak(large)
-        self.requests = _in_order(large)
+        self.requests = unroll(large) if in_order else _in_order(large)
         self._roomy: CachingAllocator | None = None
 
     def roomy(self) -> CachingAllocator:

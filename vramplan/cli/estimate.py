@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.job import Job
-from vramplan.prediction import Prediction, job_for, predict
+from vramplan.prediction import Prediction, job_for
 from vramplan.units import format_bytes, format_count
 
 
@@ -24,23 +23,23 @@ def estimate(
         str | None, typer.Option(help="Card whose constants to use.", show_default=False)
     ] = None,
     job: Job,
+    witness: o.WitnessOption = "estimate",
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
     """The numbers of one job: memory by kind, host RAM and disk."""
-    found = find_model(model)
-    o.check_length(found, job)
+    ask = o.predictor(model, job, witness)
     card = None
     if gpu is not None:
         from vramplan.gpus import find_gpu  # noqa: PLC0415 - the catalogue takes a while to read
 
         card = find_gpu(gpu)
     job = job_for(job, card)
-    prediction = predict(found, job, card)
+    prediction = ask(job, card)
     if as_json:
         from vramplan.cli.documents import document  # noqa: PLC0415
 
-        output.print_json(document(found, job, prediction))
+        output.print_json(document(prediction.model, job, prediction))
         return
     print_numbers(prediction)
     if explain:
@@ -56,6 +55,7 @@ def print_numbers(prediction: Prediction) -> None:
     out.print(
         f"{model.name} ({format_count(model.num_parameters)} parameters), {job.method}, "
         f"batch {job.batch_size} x {job.seq_len} tokens"
+        + (", traced" if prediction.witness == "trace" else "")
     )
     out.print()
     table = output.plain_table(("number", "left"), ("bytes", "right"), ("what it is", "left"))
