@@ -309,8 +309,10 @@ class Tape:
         """
         frame = self._refilling
         if frame is not None:
-            for tensor in tensors:
-                frame.holders[frame.cursor].value = tensor
+            for tensor in tensors:  # detached: nothing of the graph of the recomputation stays
+                frame.holders[frame.cursor].value = Tensor(
+                    tensor.storage, tensor.numel, tensor.dtype
+                )
                 frame.cursor += 1
             if frame.cursor == frame.num_saved:
                 raise StopRecomputation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vramplan.formats import Dtype
+from vramplan.formats import FP16, Dtype
 from vramplan.ops.base import Grads, autocast_weight, column_sum, copy, leaf_grad, to, view
 from vramplan.ops.elementwise import add
 from vramplan.tape import Node, Param, Tape, Tensor
@@ -243,19 +243,23 @@ def _matmul_4bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 def matmul_8bit(t: Tape, x: Tensor, rows: int, columns: int) -> Tensor:
     """Bitsandbytes' ``MatMul8bitLt`` (LLM.int8) on x [tokens, columns] with a frozen weight.
 
-    Source: bitsandbytes 0.50.2 ``autograd/_functions.py``.
+    Source: bitsandbytes 0.50.2 ``autograd/_functions.py``, ``backends/cuda/ops.py``.
 
     Known limitations:
         Outlier columns (threshold 6.0) depend on the data and are taken as none.
     """
     tokens = x.numel // columns
-    half = None if x.dtype.name == "fp16" else t.scratch(x.numel * 2)
-    quantised = t.scratch(x.numel)
+    half = None if x.dtype is FP16 else t.scratch(x.numel * 2)
     row_scale = t.scratch(tokens * 4)
-    del half
+    quantised = t.scratch(x.numel)
+    absolute = t.scratch(x.numel * 2)
+    outliers = t.scratch(x.numel)
+    del absolute
+    del outliers, half
     product = t.scratch(tokens * rows * 4)
+    half = None if x.dtype is FP16 else t.scratch(tokens * rows * 2)  # what the kernel can write
     out = t.new(tokens * rows, x.dtype)
-    del quantised, row_scale, product
+    del half, product, quantised, row_scale
     t.flops += 2 * tokens * rows * columns
     if x.node is not None:
         # ctx.tensors keeps the input itself, out of reach of saved-tensor hooks; executing the node
