@@ -116,9 +116,10 @@ def trace(
     try:
         return Run(model, job, capability, cut, workspace_bytes).perform()
     except Exception as error:  # the code of any architecture
+        hint = "" if job.method == "full" else "; --target-modules can spare what peft cannot adapt"
         raise ConfigError(
-            f"{where}: its code in transformers does not run on fake tensors "
-            f"({type(error).__name__}: {first_line(error)})"
+            f"{where}: a training step of it does not run on fake tensors "
+            f"({type(error).__name__}: {first_line(error)}){hint}"
         ) from error
 
 
