@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 from vramplan import ops
@@ -358,16 +359,13 @@ class Built:
         return made
 
     def _cast_to_fp32(self) -> None:
-        """prepare_model_for_kbit_training: one parameter after another, then empty_cache.
-
-        The small parameters of the folded layers are fp32 from the start here; they are far from
-        deciding anything.
-        """
+        """prepare_model_for_kbit_training: one parameter after another, then empty_cache."""
         self.t.phase = Phase.PREPARE
-        for param in self._to_cast:
-            param.storage = Storage(
-                self.t, round_block(param.numel * param.dtype.size), Kind.WEIGHTS, param.owner
-            )
+        for copies, params in groupby(self._to_cast, key=lambda param: param.copies):
+            with self.t.repeated(copies):
+                for param in params:
+                    nbytes = round_block(param.numel * param.dtype.size)
+                    param.storage = Storage(self.t, nbytes, Kind.WEIGHTS, param.owner)
         self.t.empty_cache()
 
     def cast_biases(self) -> None:
@@ -406,7 +404,7 @@ class Built:
         if trainable is None:
             trainable = self.job.method == "full"
         loaded = self.job.weight_dtype
-        cast = kind is Kind.WEIGHTS and dtype is not loaded and copies == 1
+        cast = kind is Kind.WEIGHTS and dtype is not loaded
         moved = kind is Kind.ADAPTERS and not self.job.quantised  # cast by peft when all are there
         size = loaded.size if cast or moved else dtype.size
         storage = Storage(self.t, round_block(numel * size), kind, owner)
