@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vramplan.catalogue import model_from_config
 from vramplan.job import Job
+from vramplan.model import Model
 from vramplan.optimizers import OPTIMIZERS
 
 Choose = Callable[[Sequence[Any]], Any]
@@ -18,7 +20,6 @@ LLAMA_LIKE = (
     "gemma", "gemma2", "gemma3_text", "gpt_oss", "llama", "mistral", "mixtral", "olmo2", "phi",
     "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm", "starcoder2",
 )  # fmt: skip
-ODD_HEADS = ("bloom", "falcon", "gpt2", "gpt_neox", "gptj", "opt")
 DROPOUTS = (0.0, 0.0, 0.1, 0.125)
 
 
@@ -229,3 +230,12 @@ def job(choose: Choose, names: Sequence[str] = (), savable: Sequence[str] = ()) 
         mixed_precision=mixed,
         **adapters,
     )
+
+
+def sample(choose: Choose, family: str) -> tuple[Model, Job]:
+    """A small model of a family and a job on it."""
+    values = config(choose, family)
+    model = model_from_config(values, family)
+    arch = model.architecture
+    savable = [spec.name.rsplit(".", 1)[-1] for spec in (arch.head, arch.embedding)]
+    return model, job(choose, sorted(set(arch.linear_names())), savable)

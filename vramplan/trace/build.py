@@ -36,6 +36,7 @@ SIZES = (
     "n_positions", "head_dim", "num_local_experts", "num_experts",
 )  # fmt: skip
 META = torch.device("meta")
+LONGEST_REASON = 300
 QUANTISED = ("Params4bit", "Int8Params")
 
 
@@ -98,15 +99,16 @@ def base_model(
         change(hf_config)
         with META:
             return AutoModelForCausalLM.from_config(hf_config, **options)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # any library's, for a config that nobody vouches for
         raise ConfigError(
-            f"{where}: transformers cannot make a model of it: {first_line(error)}"
+            f"{where}: transformers cannot make a model of it: {in_one_line(error)}"
         ) from error
 
 
-def first_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """What a library says of an error, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -146,7 +148,7 @@ def _with_adapters(model: Any, job: Job, where: str) -> Any:
         with META:
             return get_peft_model(model, settings)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{where}: peft cannot adapt it: {first_line(error)}") from error
+        raise UsageError(f"{where}: peft cannot adapt it: {in_one_line(error)}") from error
 
 
 def quantise(model: Any, job: Job) -> None:

@@ -28,7 +28,7 @@ from vramplan.job import Job
 from vramplan.names import holder_of, owner_of
 from vramplan.replay import TRAINING_BEGINS
 from vramplan.timeline import BEFORE_TRAINING, Kind, Peak, Phase, Timeline
-from vramplan.trace.build import DTYPES, base_model, build, first_line, quant_tensors, quiet
+from vramplan.trace.build import DTYPES, base_model, build, in_one_line, quant_tensors, quiet
 from vramplan.trace.fold import WHOLE, Cut, find_cut, layers_of, timelines
 from vramplan.trace.load import load
 from vramplan.trace.optimizers import make_optimizer
@@ -36,6 +36,7 @@ from vramplan.trace.rules import answers, corrected, hidden_bytes, sums_in_place
 from vramplan.trace.tracker import Books, Tracker, watch_modules
 
 NUM_STEPS = 2
+MICRO_STEPS = 2  # the first makes gradients, the others add to them
 DIMENSIONS = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
 
 
@@ -119,7 +120,7 @@ def trace(
         hint = "" if job.method == "full" else "; --target-modules can spare what peft cannot adapt"
         raise ConfigError(
             f"{where}: a training step of it does not run on fake tensors "
-            f"({type(error).__name__}: {first_line(error)}){hint}"
+            f"({type(error).__name__}: {in_one_line(error)}){hint}"
         ) from error
 
 
@@ -268,7 +269,7 @@ class Run:
         steps = self.job.gradient_accumulation_steps
         batches = [self._batch() for _ in range(steps)]
         num_items = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches)
-        for batch in batches:
+        for batch in batches[:MICRO_STEPS]:
             # Trainer's locals: the last micro-batch's loss and the last norm live on
             self.loss = self._training_step(batch, num_items)
             self.total_loss += self.loss
