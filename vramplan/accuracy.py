@@ -131,7 +131,8 @@ def evaluation_figures(record: Record) -> Iterator[Figure]:
 def phase_figures(record: Record, prediction: Prediction) -> Iterator[Figure]:
     """The peaks of the first step, of the phases of later ones and of a save, in bytes."""
     first = prediction.first_step_peak_allocated_bytes
-    yield Figure("first step", record.first_step_peak_allocated_bytes, first)
+    if first is not None:
+        yield Figure("first step", record.first_step_peak_allocated_bytes, first)
     for phase, size in prediction.phases().items():
         if phase not in BEFORE_TRAINING and phase in record.phases:
             yield Figure(phase, record.phases[phase].peak_allocated_bytes, size)

@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.errors import UsageError
+from vramplan.estimate import Estimate
 from vramplan.job import EVALUATION, Job
 from vramplan.model import Model
 from vramplan.prediction import Prediction, Verdict, expandable, judge, predict, with_expandable
@@ -148,6 +149,7 @@ class Adviser:
             return self.try_job(variant(value))[0].device_peak_bytes
 
         walked = self.headline.estimate
+        assert isinstance(walked, Estimate)
         if field == "lora_r":
             growing = 8 * walked.num_trainable  # fp32 adapters and their gradients
         else:

@@ -26,17 +26,25 @@ class Replay:
     Args:
         timeline: The run.
         settings: The allocator's settings; the timeline's sizes are already rounded under them.
+        in_order: Whether it is written as it went, both steps of it (a trace), and not as one
+            steady step whose optimizer state comes first (an estimate).
 
     Three steps are replayed: workspaces and optimizer state, allocated during the first, shape what
     the second one finds, and what that had to give back, or left in pieces, shapes the third. Some
-    recorded runs under a limit end there.
+    recorded runs under a limit end there. Of a trace it is the two that it has.
     """
 
-    def __init__(self, timeline: Timeline, settings: AllocatorSettings = DEFAULT_SETTINGS) -> None:
+    def __init__(
+        self,
+        timeline: Timeline,
+        settings: AllocatorSettings = DEFAULT_SETTINGS,
+        *,
+        in_order: bool = False,
+    ) -> None:
         self.settings = settings
         settled = _settled(timeline)
         self.live_bytes = _peak(settled)
-        self.requests = _in_order(settled)
+        self.requests = unroll(settled) if in_order else _in_order(settled)
         self._roomy: CachingAllocator | None = None
 
     def under(self, settings: AllocatorSettings) -> Replay:

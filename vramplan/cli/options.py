@@ -5,19 +5,29 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vramplan.errors import UsageError
+from vramplan.catalogue import find_model
+from vramplan.errors import UnknownNameError, UsageError
 from vramplan.job import ALL_LINEAR, Job
-from vramplan.model import Model
+from vramplan.model import Model, TracedModel
+from vramplan.prediction import Prediction, predict
+
+if TYPE_CHECKING:
+    from vramplan.gpus import Gpu
 
 MODEL_HELP = "A shipped model (see `vramplan models`), a folder, a config.json, or a hub id."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 ExplainOption = Annotated[
     bool, typer.Option("--explain", help="Every term with its formula and its source.")
+]
+WITNESSES = ("estimate", "trace")
+WitnessOption = Annotated[
+    str,
+    typer.Option(help="Who answers: estimate, or trace (transformers' own code; any family)."),
 ]
 DEFAULT_JOB = Job()
 _JOB_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
@@ -70,6 +80,7 @@ _EVALUATION_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
     "eval_samples": (int, "Sequences to evaluate; needed with --eval-logits.", None),
 }
 _FLAGS = {"evaluate": "--eval", "eval_logits": "--eval-logits"}  # without a --no
+FIXED_TABLES = ("gpt2", "gptj", "opt")  # positions are rows of a table of that length
 _NAME_LISTS = ("target_modules", "modules_to_save")
 _WHOLE = ("alloc_conf",)  # commas are part of it
 _ADAPTERS = ("lora_r", "lora_dropout", "target_modules")
@@ -142,6 +153,28 @@ def _job_parameters(sweep: bool) -> list[inspect.Parameter]:
             )
         )
     return found
+
+
+def predictor(model: str, job: Job, witness: str) -> Callable[[Job, Gpu | None], Prediction]:
+    """What answers for a model: the estimate, or a trace of it.
+
+    Args:
+        model: The model, as the user named it.
+        job: The job, whose length is checked against the model.
+        witness: One of ``WITNESSES``.
+
+    Raises:
+        UsageError: If there is no such model or witness, or the estimate has no block program.
+    """
+    if witness not in WITNESSES:
+        raise UnknownNameError("value for --witness", witness, WITNESSES)
+    if witness == "trace":
+        from vramplan.cli.witness import tracer  # noqa: PLC0415 - only where it is asked for
+
+        return tracer(model)
+    found = find_model(model)
+    check_length(found, job)
+    return lambda asked, gpu: predict(found, asked, gpu)
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -218,16 +251,16 @@ def _number(name: str, text: str, kind: type) -> Any:
         raise UsageError(f"{option} must be numbers separated by commas, not {text!r}") from None
 
 
-def check_length(model: Model, job: Job) -> None:
+def check_length(model: Model | TracedModel, job: Job) -> None:
     """Warn when a sequence outgrows the model's positions; refuse where its table ends.
 
     Raises:
         UsageError: For families whose position table is fixed.
     """
-    top = model.dims.max_positions
-    if job.seq_len <= top:
+    top = model.dimensions["max_position_embeddings"]
+    if top is None or job.seq_len <= top:
         return
-    if model.family == "gptj":
+    if model.family in FIXED_TABLES:
         raise UsageError(
             f"--seq-len {job.seq_len}: {model.name} has a table of {top} positions and cannot go "
             "beyond it"
