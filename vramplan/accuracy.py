@@ -446,7 +446,7 @@ def accuracy_page(folder: Path) -> Page:
     return Page(
         f"Accuracy on {record.gpu.name}",
         f"Stock transformers.Trainer, random weights; driver {record.gpu.driver}, {versions}. "
-        f"Made by: vramplan accuracy. The runs by: {record.command}. All have been looked at since; "
+        f"Made by: vramplan accuracy. The runs by: {record.command}. All were looked at since; "
         "what was predicted beforehand has tables of its own. Errors are predicted over measured, "
         "minus one.",
         (
