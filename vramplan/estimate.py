@@ -23,12 +23,13 @@ from vramplan.job import Job
 from vramplan.layers import Built, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
 from vramplan.tape import Param, Storage, Tape, Tensor
-from vramplan.timeline import Kind, Peak, Phase, Timeline
+from vramplan.timeline import CLIP, Kind, Peak, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8
 CUBLASLT_WORKSPACE = 1024**2
+NORM_CHUNK = 65536  # elements
 DEFAULT_CAPABILITY = (9, 0)  # the card of the recorded runs
 
 
@@ -304,26 +305,27 @@ class Step:
         t.phase = Phase.STEP
         t.owner = "optimizer"
         trainable = self.built.trainable
-        count = sum(p.copies for p in trainable)
-        norms = Storage(t, BLOCK_BYTES * count, Kind.WORKSPACE, "clip_grad_norm")
-        del norms
+        self._clip(trainable)
         self._update(trainable)
         t.zero_grad(self.built.trainable)
+
+    def _clip(self, trainable: list[Param]) -> None:
+        """clip_grad_norm_: a norm a gradient, from partial sums for each of its chunks.
+
+        Source: torch 2.11 ``native/cuda/ForeachReduceOp.cu`` (``foreach_tensor_norm_cuda``: as many
+        chunks for every tensor as the largest has).
+        """
+        count = sum(param.copies for param in trainable)
+        chunks = max((-(-param.numel // NORM_CHUNK) for param in trainable), default=0)
+        sums = Storage(self.tape, round_block(count * chunks * 4), Kind.WORKSPACE, CLIP)
+        norms = Storage(self.tape, BLOCK_BYTES * count, Kind.WORKSPACE, CLIP)
+        del sums, norms
 
     def _update(self, trainable: list[Param]) -> None:
         """The temporaries of the optimizer's step."""
         t, optimizer = self.tape, self.job.optimizer
-        if optimizer.loop_temporaries:
-            # one parameter after another, first all that decay; a local of the loop still holds
-            # the last one's update while the next begins
-            decayed = [param for param in trainable if param.rows]
-            before = 0
-            for param in (*decayed, *(param for param in trainable if not param.rows)):
-                sizes = optimizer.step_temporaries(param.numel, param.dtype)
-                update = round_block(param.numel * FP32.size)
-                held = [Storage(t, n, Kind.WORKSPACE, "optimizer") for n in (before, *sizes) if n]
-                del held
-                before = update
+        if optimizer.factored:
+            self._adafactor_update(trainable)
             return
         made: list[tuple[int, Storage]] = []
         for copies, params in groupby(trainable, key=lambda p: p.copies):
@@ -335,3 +337,36 @@ class Step:
                 ]
         for copies, storage in made:  # all live until the last
             storage.copies = copies
+
+    def _adafactor_update(self, trainable: list[Param]) -> None:
+        """Adafactor.step: one parameter after another, first all that decay, in fp32.
+
+        Locals of its loop still hold the last parameter's tensors while the next one's are made.
+
+        Source: transformers 5.17.0 ``optimization.py`` (``Adafactor.step``).
+
+        Known limitations:
+            The buffer of a mean over many rows is left out; it is smaller than what goes before it.
+        """
+        decayed = [param for param in trainable if param.rows]
+        grad = weights = update = None
+        for param in (*decayed, *(param for param in trainable if not param.rows)):
+            nbytes = round_block(param.numel * FP32.size)
+
+            def new(nbytes: int = nbytes) -> Storage:
+                return Storage(self.tape, nbytes, Kind.WORKSPACE, "optimizer")
+
+            cast = param.dtype is not FP32
+            grad = None
+            grad = new() if cast else None
+            weights = None
+            weights = new() if cast else None
+            squared = new()
+            raised = new()  # grad ** 2 + eps
+            del squared
+            update = raised
+            del raised
+            update = new()  # grad / sqrt(averages)
+            negative = new()
+            del negative
+        del grad, weights, update

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vramplan.errors import UnknownNameError
-from vramplan.formats import FP32, Dtype
+from vramplan.formats import Dtype
 from vramplan.units import round_block
 
 PAGED_MIN_NUMEL = 100_000
@@ -32,8 +32,6 @@ class Optimizer:
         step_on_device: Whether a one-element step counter per parameter sits on the device.
         foreach_temporaries: Full-size temporaries (parameter dtype) of a multi-tensor step, held
             for all parameters at once.
-        loop_temporaries: fp32 temporaries of a step that goes parameter by parameter; the largest
-            parameter decides. Of them two are copies made only of 16-bit parameters.
         factored: Adafactor: row and column statistics instead of full-size state.
     """
 
@@ -44,7 +42,6 @@ class Optimizer:
     paged: bool = False
     step_on_device: bool = False
     foreach_temporaries: int = 0
-    loop_temporaries: int = 0
     factored: bool = False
 
     def state_parts(
@@ -85,14 +82,7 @@ class Optimizer:
         return ()
 
     def step_temporaries(self, numel: int, dtype: Dtype) -> list[int]:
-        """Bytes of the temporaries of one parameter's step.
-
-        They live until the step ends for ``foreach_temporaries``, until the next parameter for
-        ``loop_temporaries``.
-        """
-        if self.loop_temporaries:
-            count = self.loop_temporaries - (2 if dtype is FP32 else 0)
-            return [round_block(numel * 4)] * count
+        """Bytes of the temporaries of one parameter's multi-tensor step, held until it ends."""
         return [round_block(numel * dtype.size)] * self.foreach_temporaries
 
 
@@ -109,8 +99,8 @@ OPTIMIZERS = {
         # std, and the gradients times -lr
         Optimizer("adagrad", 1, foreach_temporaries=2),
         Optimizer("rmsprop", 1, foreach_temporaries=1),
-        # grad and parameter in fp32, grad² and either grad² + eps, the new update or its negative
-        Optimizer("adafactor", 0, library="transformers", factored=True, loop_temporaries=4),
+        # its step, parameter by parameter, is walked by the estimate
+        Optimizer("adafactor", 0, library="transformers", factored=True),
         _bnb("adamw_8bit", 2, 8),
         _bnb("adamw_bnb_8bit", 2, 8),
         _bnb("paged_adamw_8bit", 2, 8, paged=True),
