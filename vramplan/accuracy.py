@@ -19,6 +19,8 @@ from vramplan.job import Job
 from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.report.page import Page, Table
+from vramplan.timefit import Timed, fit_times
+from vramplan.timing import step_time
 from vramplan.units import MIB
 
 REPEAT = "-repeat"
@@ -367,6 +369,39 @@ def paging(found: Iterable[Row]) -> Table:
     )
 
 
+def times(found: Sequence[Row]) -> Table:
+    """Step times, each family predicted by rates fitted to the others."""
+    fitted = fit_times([row.record for row in found])
+    lines = []
+    if fitted is not None:
+        clocks = {run.name: step_time(run.walked, run.job, fitted.rates) for run in fitted.runs}
+        keys: tuple[Callable[[Timed], str], ...] = (
+            lambda run: "all",
+            lambda run: (
+                "decided by the card"
+                if clocks[run.name].card_s > clocks[run.name].host_s
+                else "decided by the host"
+            ),
+            lambda run: run.job.method,
+            lambda run: run.family,
+        )
+        lines = [
+            (name, *spread({n: fitted.ratios[n] - 1 for n in names}))
+            for key in keys
+            for name in sorted({key(run) for run in fitted.runs})
+            if (names := [run.name for run in fitted.runs if key(run) == name])
+        ]
+    return Table(
+        "Step time, each family left out in turn",
+        ("jobs", *SPREAD),
+        tuple(lines),
+        "Rates fitted to the other families' runs. Median step of a run, runs of one job counted "
+        "once; runs that recorded a history or paging events, or whose allocator retried, are left "
+        "out. The host's pace is not the same in every run (see the repeats), and no prediction "
+        "can know it.",
+    )
+
+
 def details(found: Iterable[Row]) -> Table:
     """One row per run."""
     lines = []
@@ -404,7 +439,8 @@ def accuracy_page(folder: Path) -> Page:
         tuple(
             make(found)
             for make in (
-                summary, beforehand, too_low, groups, left_out, emulated, limits, repeats, paging, details,
+                summary, beforehand, too_low, groups, left_out, emulated, limits, repeats, times,
+                paging, details,
             )
         ),
     )  # fmt: skip

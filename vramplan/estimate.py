@@ -24,6 +24,7 @@ from vramplan.model import LinearSpec, Model
 from vramplan.tape import Leaf, Param, Storage, Tape, Tensor
 from vramplan.timeline import Kind, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
+from vramplan.work import Work
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8
@@ -42,9 +43,10 @@ class Estimate:
         static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
         optimizer_bytes: Optimizer state on the device.
         paged_bytes: Optimizer state in managed memory.
-        flops: Floating point operations of one optimizer step.
-        moved_bytes: Bytes read and written by one optimizer step's forward and backward.
+        work: One micro-batch's forward and backward, as asked of the host and the card.
         num_trainable: Trainable parameters.
+        num_trainable_tensors: The tensors they are in.
+        trainable_bytes: Their size.
         tape: The tape it was walked on; its timeline holds every allocation.
     """
 
@@ -54,9 +56,10 @@ class Estimate:
     static_bytes: int
     optimizer_bytes: int
     paged_bytes: int
-    flops: int
-    moved_bytes: int
+    work: tuple[Work, ...]
     num_trainable: int
+    num_trainable_tensors: int
+    trainable_bytes: int
     tape: Tape
 
     @property
@@ -174,13 +177,14 @@ class Step:
         t.peak_bytes = 0
         for _ in range(min(self.job.gradient_accumulation_steps, 2)):
             self._micro_step()
+        work = tuple(t.work)
         walk_peak = t.peak_bytes
         t.peak_bytes = 0
         self._optimizer_step()
         step_peak = t.peak_bytes
-        steps = self.job.gradient_accumulation_steps
         t.peak_bytes = max(before, walk_peak, step_peak)
         t.finish()
+        trainable = self.built.trainable
         return Estimate(
             ready_bytes=ready,
             peak_allocated_bytes=max(walk_peak, step_peak),
@@ -188,9 +192,10 @@ class Step:
             static_bytes=static,
             optimizer_bytes=optimizer_bytes,
             paged_bytes=paged,
-            flops=t.flops * steps // min(steps, 2),
-            moved_bytes=t.moved_bytes * steps // min(steps, 2),
+            work=work,
             num_trainable=self.built.num_trainable,
+            num_trainable_tensors=sum(p.copies for p in trainable),
+            trainable_bytes=sum(p.copies * p.numel * p.dtype.size for p in trainable),
             tape=t,
         )
 
@@ -244,6 +249,8 @@ class Step:
     def _micro_step(self) -> None:
         t = self.tape
         t.phase = Phase.FORWARD
+        t.close_work(1)
+        t.work = []
         batch = self._batch()
         t.kind = Kind.ACTIVATIONS
         loss = self._forward()
@@ -256,6 +263,7 @@ class Step:
             self.leaf.release()
             self.leaf = None
         del batch
+        t.close_work(1)
 
     def _forward(self) -> Tensor:
         """The model's forward and what accelerate wraps around it."""

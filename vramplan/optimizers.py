@@ -35,6 +35,8 @@ class Optimizer:
         loop_temporaries: fp32 temporaries of a step that goes parameter by parameter; the largest
             parameter decides. Of them two are copies made only of 16-bit parameters.
         factored: Adafactor: row and column statistics instead of full-size state.
+        num_launches: Operations that a step launches for each parameter, where it goes parameter
+            by parameter; multi-tensor steps launch a handful for all together.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Optimizer:
     foreach_temporaries: int = 0
     loop_temporaries: int = 0
     factored: bool = False
+    num_launches: int = 0
 
     def state_parts(
         self, numel: int, rows: int, dtype: Dtype, *, embedding: bool = False, matrices: int = 1
@@ -96,7 +99,8 @@ class Optimizer:
 
 
 def _bnb(name: str, states: int, bits: int, *, paged: bool = False) -> Optimizer:
-    return Optimizer(name, states, bits, "bitsandbytes", paged)
+    # Python's loop, the custom operation and, for paged state, the prefetch: as long as 5 launches
+    return Optimizer(name, states, bits, "bitsandbytes", paged, num_launches=5)
 
 
 OPTIMIZERS = {
@@ -108,7 +112,14 @@ OPTIMIZERS = {
         Optimizer("adagrad", 1, foreach_temporaries=1),
         Optimizer("rmsprop", 1, foreach_temporaries=1),
         # grad and parameter in fp32, grad² and either grad² + eps, the new update or its negative
-        Optimizer("adafactor", 0, library="transformers", factored=True, loop_temporaries=4),
+        Optimizer(
+            "adafactor",
+            0,
+            library="transformers",
+            factored=True,
+            loop_temporaries=4,
+            num_launches=28,
+        ),
         _bnb("adamw_8bit", 2, 8),
         _bnb("adamw_bnb_8bit", 2, 8),
         _bnb("paged_adamw_8bit", 2, 8, paged=True),

@@ -12,6 +12,7 @@ from vramplan.families import find_family
 from vramplan.job import Job
 from vramplan.model import Model
 from vramplan.prediction import Prediction, Verdict
+from vramplan.work import total_flops
 
 SCHEMA_VERSION = 1
 
@@ -61,7 +62,8 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
         "step_time_s": None,
         "tokens_per_s": None,
         "num_trainable": prediction.estimate.num_trainable,
-        "flops_per_step": prediction.estimate.flops,
+        "flops_per_step": total_flops(prediction.estimate.work)
+        * prediction.job.gradient_accumulation_steps,
         "calibration": profile.name,
         "calibration_borrowed": profile.borrowed,
         "calibration_doubt_bytes": profile.doubt_bytes,
