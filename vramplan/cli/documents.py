@@ -7,11 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from vramplan.advice import Advice
+from vramplan.cli.pace import pace_document
 from vramplan.estimate import attention_of
 from vramplan.families import find_family
 from vramplan.job import Job
 from vramplan.model import Model
 from vramplan.prediction import Prediction, Verdict
+from vramplan.timing import Pace, WholeRun
 from vramplan.work import total_flops
 
 SCHEMA_VERSION = 1
@@ -41,8 +43,10 @@ def model_document(model: Model) -> dict[str, Any]:
     }
 
 
-def prediction_document(prediction: Prediction) -> dict[str, Any]:
-    """Every number, in bytes; null is "not known"."""
+def prediction_document(
+    prediction: Prediction, found: Pace | None, run: WholeRun | None = None
+) -> dict[str, Any]:
+    """Every number, in bytes and seconds; null is "not known"."""
     profile = prediction.profile
     return {
         "witness": "estimate",
@@ -59,8 +63,7 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
         "disk_bytes": prediction.disk_bytes,
         "peak_phase": prediction.peak().phase.value,
         "breakdown": {kind.value: size for kind, size in prediction.breakdown().items()},
-        "step_time_s": None,
-        "tokens_per_s": None,
+        **pace_document(found, run),
         "num_trainable": prediction.estimate.num_trainable,
         "flops_per_step": total_flops(prediction.estimate.work)
         * prediction.job.gradient_accumulation_steps,
@@ -82,8 +85,8 @@ def prediction_keys() -> tuple[str, ...]:
         "witness", "ready_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "min_limit_bytes",
         "context_bytes", "process_bytes", "device_peak_bytes", "paged_bytes", "load_peak_bytes",
         "host_ram_bytes", "disk_bytes", "peak_phase", "breakdown", "step_time_s", "tokens_per_s",
-        "num_trainable", "flops_per_step", "calibration", "calibration_borrowed",
-        "calibration_doubt_bytes", "bounds",
+        "step_time_range_s", "time_source", "whole_run", "num_trainable", "flops_per_step",
+        "calibration", "calibration_borrowed", "calibration_doubt_bytes", "bounds",
     )  # fmt: skip
 
 
@@ -91,6 +94,8 @@ def document(
     model: Model,
     job: Job,
     prediction: Prediction,
+    found: Pace | None,
+    run: WholeRun | None = None,
     verdicts: Sequence[Verdict] = (),
     advice: Sequence[Advice] = (),
 ) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def document(
         "schema_version": SCHEMA_VERSION,
         "job": job_document(model, job),
         "model": model_document(model),
-        "prediction": prediction_document(prediction),
+        "prediction": prediction_document(prediction, found, run),
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "advice": [asdict(item) for item in advice],
     }

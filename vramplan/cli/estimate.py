@@ -10,8 +10,18 @@ from rich.text import Text
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
+from vramplan.cli.pace import (
+    EpochsOption,
+    PriceOption,
+    SamplesOption,
+    data_set,
+    print_pace,
+    run_of,
+)
+from vramplan.errors import UsageError
 from vramplan.job import Job
 from vramplan.prediction import Prediction, job_for, predict
+from vramplan.timing import pace
 from vramplan.units import format_bytes, format_count
 
 
@@ -24,10 +34,16 @@ def estimate(
         str | None, typer.Option(help="Card whose constants to use.", show_default=False)
     ] = None,
     job: Job,
+    num_samples: SamplesOption = None,
+    epochs: EpochsOption = None,
+    price_per_hour: PriceOption = None,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
-    """The numbers of one job: memory by kind, host RAM and disk."""
+    """The numbers of one job: memory by kind, host RAM, disk and, on a card, its pace."""
+    data = data_set(num_samples, epochs, price_per_hour)
+    if data is not None and gpu is None:
+        raise UsageError("--num-samples needs --gpu: a run's time depends on the card")
     found = find_model(model)
     o.check_length(found, job)
     card = None
@@ -37,12 +53,15 @@ def estimate(
         card = find_gpu(gpu)
     job = job_for(job, card)
     prediction = predict(found, job, card)
+    speed = pace(prediction.estimate, job, card)
+    run = run_of(speed, job, card, data)
     if as_json:
         from vramplan.cli.documents import document  # noqa: PLC0415
 
-        output.print_json(document(found, job, prediction))
+        output.print_json(document(found, job, prediction, speed, run))
         return
     print_numbers(prediction)
+    print_pace(output.console(), speed, run, data)
     if explain:
         from vramplan.cli.explain import print_explanation  # noqa: PLC0415
 

@@ -13,6 +13,16 @@ from vramplan.advice import Advice, Adviser, least_number_of_cards
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
+from vramplan.cli.pace import (
+    DataSet,
+    EpochsOption,
+    PriceOption,
+    SamplesOption,
+    data_set,
+    print_pace,
+    run_of,
+    tokens_text,
+)
 from vramplan.errors import UsageError
 from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.job import Job
@@ -27,7 +37,8 @@ from vramplan.prediction import (
     predict,
     usable_bytes,
 )
-from vramplan.profile import profile_for
+from vramplan.profile import REFERENCE_GPU, profile_for
+from vramplan.timing import Pace, WholeRun, pace
 from vramplan.units import MIB, format_bytes, format_count, parse_size
 
 if TYPE_CHECKING:
@@ -52,6 +63,8 @@ class Answer(NamedTuple):
     job: Job
     prediction: Prediction
     verdict: Verdict | None
+    pace: Pace | None = None
+    run: WholeRun | None = None
 
 
 @app.command()
@@ -68,14 +81,18 @@ def fit(
         typer.Option(help="A plain memory size instead, such as 12GiB.", show_default=False),
     ] = None,
     job: Job,
+    num_samples: SamplesOption = None,
+    epochs: EpochsOption = None,
+    price_per_hour: PriceOption = None,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
     """Will the job fit? Exit code 0: yes, on a card at least; 1: on none; 2: could not answer."""
+    data = data_set(num_samples, epochs, price_per_hour)
     cards = find_cards(gpu or [], memory)
     found = find_model(model)
     o.check_length(found, job)
-    answers = answer_all(found, job, cards)
+    answers = answer_all(found, job, cards, data)
     judged = [a for a in answers if a.verdict is not None]
     if not judged:
         note = answers[0].card.gpu.memory_note if answers[0].card.gpu else ""
@@ -93,17 +110,18 @@ def fit(
 
         advice = advise(adviser, best)
         verdicts = [a.verdict for a in judged if a.verdict]
-        answer = document(found, best.job, best.prediction, verdicts, advice)
+        answer = document(found, best.job, best.prediction, best.pace, best.run, verdicts, advice)
         answer["answer_for"] = best.card.name  # whose job, prediction and advice these are
         answer["predictions"] = {
-            a.card.name: {"job": job_document(found, a.job)} | prediction_document(a.prediction)
+            a.card.name: {"job": job_document(found, a.job)}
+            | prediction_document(a.prediction, a.pace, a.run)
             for a in judged
         }
         output.print_json(answer)
     elif len(answers) > 1:
         print_cards(found, answers)
     else:
-        print_answer(found, best, adviser)
+        print_answer(found, best, adviser, data)
         if explain:
             from vramplan.cli.explain import print_explanation  # noqa: PLC0415
 
@@ -149,7 +167,9 @@ def name_card(name: str) -> Gpu:
     return gpu
 
 
-def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
+def answer_all(
+    model: Model, job: Job, cards: list[Card], data: DataSet | None = None
+) -> list[Answer]:
     """Judge the job on every card; cards that would run it alike share one prediction."""
     shared: dict[tuple[Job, tuple[int, int], str, bool], Prediction] = {}
     answers = []
@@ -166,7 +186,9 @@ def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
         verdict = None
         if card.usable_bytes is not None:
             verdict = judge(prediction, card.name, card.usable_bytes)
-        answers.append(Answer(card, own, prediction, verdict))
+        found = pace(prediction.estimate, own, card.gpu)
+        run = run_of(found, own, card.gpu, data)
+        answers.append(Answer(card, own, prediction, verdict, found, run))
     return answers
 
 
@@ -230,13 +252,16 @@ def describe(job: Job) -> str:
     )
 
 
-def print_answer(model: Model, answer: Answer, adviser: Adviser) -> None:
+def print_answer(
+    model: Model, answer: Answer, adviser: Adviser, data: DataSet | None = None
+) -> None:
     """The whole answer for one card."""
     out = output.console()
     prediction, verdict, job = answer.prediction, answer.verdict, answer.job
     assert verdict is not None
     out.print(headline(model, answer))
     out.print(describe(job))
+    print_pace(out, answer.pace, answer.run, data)
     out.print()
     out.print(Text("Where the bytes go at the peak", style="bold"))
     parts = {kind.value: size for kind, size in prediction.breakdown().items()}
@@ -332,7 +357,7 @@ def print_cards(model: Model, answers: list[Answer]) -> None:
     out.print()
     table = output.plain_table(
         ("card", "left"), ("usable", "right"), ("takes", "right"), ("verdict", "left"),
-        ("to spare", "right"),
+        ("to spare", "right"), ("tokens/s", "right"),
     )  # fmt: skip
     order = {"fits": 0, "tight": 1, "no": 2}
     for answer in sorted(
@@ -348,9 +373,12 @@ def print_cards(model: Model, answers: list[Answer]) -> None:
             format_bytes(answer.prediction.device_peak_bytes),
             output.verdict_text(verdict.verdict if verdict else "unknown"),
             format_bytes(verdict.headroom_bytes) if verdict else "",
+            tokens_text(answer.pace),
         )
     out.print(table)
     out.print()
+    if any(a.pace is not None and a.pace.source != "calibrated" for a in answers):
+        out.print(Text(f"~: extrapolated from {REFERENCE_GPU}.", style="dim"))
     fp16 = [a.card.name for a in answers if a.card.gpu and not a.card.gpu.supports_bf16]
     if fp16:
         out.print(Text(f"No bf16, planned in fp16: {', '.join(fp16)}.", style="dim"))
