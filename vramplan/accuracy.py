@@ -19,7 +19,7 @@ from vramplan.job import Job
 from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.report.page import Page, Table
-from vramplan.timefit import Timed, fit_times
+from vramplan.timefit import Timed, fit_times, measured_step_time
 from vramplan.timing import step_time
 from vramplan.units import MIB
 
@@ -169,10 +169,17 @@ def beforehand(found: Sequence[Row]) -> Table:
         for row in found
         if row.foretold is not None
     ]
+    seconds = {
+        row.record.name: row.foretold.step_time_s / measured - 1
+        for row in distinct(found)
+        if row.foretold is not None
+        and row.foretold.step_time_s is not None
+        and (measured := measured_step_time(row.record)) is not None
+    }
     return Table(
         "Predicted before they were measured",
         ("figure", *SPREAD),
-        summary(then).rows,
+        summary(then).rows + ((("step time", *spread(seconds)),) if seconds else ()),
         "The predictions were committed before the runs were made. These are the errors of the "
         "predictions as they stood; what they taught is in all other tables.",
     )

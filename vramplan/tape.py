@@ -268,8 +268,8 @@ class Tape:
             self._counted = now
 
     def multiply(self, unit: str, flops: int, read_bytes: int) -> None:
-        """A matrix product or attention kernel runs (see ``Product``)."""
-        self._products.append(Product(unit, flops, read_bytes))
+        """A matrix product or attention kernel runs (see ``vramplan.work.Product``)."""
+        self._products.append((unit, flops, read_bytes))
 
     def _close_section(self, repeats: int) -> None:
         if self.events:

@@ -7,19 +7,10 @@ from typing import NamedTuple
 
 from vramplan.timeline import Phase
 
-
-class Product(NamedTuple):
-    """One matrix product or fused attention kernel.
-
-    Attributes:
-        unit: What runs it: a dtype's name, "int8" or "attention".
-        flops: Floating point operations.
-        read_bytes: Bytes of its operands; what it writes is in ``Work.moved_bytes``.
-    """
-
-    unit: str
-    flops: int
-    read_bytes: int
+# One matrix product or fused attention kernel: what runs it (a dtype's name, "int8" or
+# "attention"), its floating point operations, and the bytes of its operands; what it writes is in
+# ``Work.moved_bytes``. A plain tuple, as every walk makes hundreds.
+Product = tuple[str, int, int]
 
 
 class Work(NamedTuple):

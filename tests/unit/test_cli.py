@@ -194,7 +194,8 @@ def test_words_of_pace_and_run() -> None:
     )
     data = DataSet(52_000, 3.0, 2.49)
     assert run_line(WholeRun(39_000, 18.958, 13.27, 47.206), data) == (
-        "52,000 sequences, 3 epochs: 39,000 steps, 19.0 h, at most 13.3 kWh for the card, cost 47.21"
+        "52,000 sequences, 3 epochs: 39,000 steps, 19.0 h, at most 13.3 kWh for the card, "
+        "cost 47.21"
     )
     assert run_line(WholeRun(39_000, 189.58, None, None), data) == (
         "52,000 sequences, 3 epochs: 39,000 steps, 7.9 days"
