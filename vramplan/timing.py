@@ -1,11 +1,10 @@
 """How long a step takes: what the walk asks of the host and of the card, at their measured rates.
 
-Two clocks run side by side. The host launches one operation after another; the card executes them
-in that order and can be ahead of nothing. Stretch by stretch of the walk (``vramplan/work.py``) the
-card begins when it has finished what came before and the host has begun to launch, and the host
-never waits: whichever is slower in a stretch decides it, and what one gained in the logits the
-other can use in the layers. The Trainer looks at the loss after every micro-batch, so the clocks
-meet there and again after the optimizer's step.
+Two clocks run side by side. The host launches one operation after another and does not wait; the
+card executes them in that order, never before they are launched. So stretch by stretch of the walk
+(``vramplan/work.py``) the slower of the two decides, and a host that has launched ahead while the
+card was at the logits loses nothing in the layers. The Trainer reads the loss after every
+micro-batch: there the clocks meet, and again after the optimizer's step.
 
 The card's time of a stretch is a roofline per operation: a matrix product or attention kernel takes
 its operations at the achieved rate or its operands at the achieved bandwidth, whichever is longer;
@@ -15,9 +14,9 @@ Source: torch 2.11; transformers 5.17.0 ``trainer.py`` (``logging_nan_inf_filter
 every micro-step); rates from ``vramplan calibrate`` (``vramplan/timefit.py``).
 
 Known limitations:
-    One process on a quiet host. The same job took up to 1.6 times as long in one session on the
-    same machine as in another, where the host decided. Data loading, logging, evaluation and
-    saving are left out, as is the GradScaler of fp16, and whatever an allocator under pressure
+    Where the host decides, its pace does, and that is not the same in every run: five repeats of
+    one job on one machine, minutes apart, differed by a third. Data loading, logging, evaluation
+    and saving are left out, as are the GradScaler of fp16 and what an allocator under pressure
     adds. Elementwise operations are taken to miss the L2 cache.
 """
 
@@ -36,8 +35,9 @@ if TYPE_CHECKING:
     from vramplan.gpus import Gpu
 
 # What Python itself takes for a linear layer's call and for a checkpointed call run again, in
-# operations. From steps of five tiny models on a CPU, where nothing but the host counts: full,
-# LoRA and QLoRA, with and without checkpointing, were all within 11 %, in the middle 3 %.
+# operations. Fitted to steps of models too small for anything but the host to count (hidden size
+# 64, on a CPU: gpt_neox, gemma2, llama, opt, qwen3; full, LoRA and QLoRA; with and without
+# checkpointing; 2 and 8 layers): all 60 within 11 %, the middle one within 3 %.
 LAYER_CALL = 3.5
 FRAME_CALL = 20
 # Of every trainable byte, fused AdamW behind clipping reads the gradient three times and writes it

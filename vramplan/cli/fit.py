@@ -261,7 +261,8 @@ def print_answer(
     assert verdict is not None
     out.print(headline(model, answer))
     out.print(describe(job))
-    print_pace(out, answer.pace, answer.run, data)
+    if verdict.verdict != "no":
+        print_pace(out, answer.pace, answer.run, data)
     out.print()
     out.print(Text("Where the bytes go at the peak", style="bold"))
     parts = {kind.value: size for kind, size in prediction.breakdown().items()}
@@ -373,11 +374,11 @@ def print_cards(model: Model, answers: list[Answer]) -> None:
             format_bytes(answer.prediction.device_peak_bytes),
             output.verdict_text(verdict.verdict if verdict else "unknown"),
             format_bytes(verdict.headroom_bytes) if verdict else "",
-            tokens_text(answer.pace),
+            "" if verdict is None or verdict.verdict == "no" else tokens_text(answer.pace),
         )
     out.print(table)
     out.print()
-    if any(a.pace is not None and a.pace.source != "calibrated" for a in answers):
+    if any(a.pace is not None and a.pace.source == "extrapolated" for a in answers):
         out.print(Text(f"~: extrapolated from {REFERENCE_GPU}.", style="dim"))
     fp16 = [a.card.name for a in answers if a.card.gpu and not a.card.gpu.supports_bf16]
     if fp16:
