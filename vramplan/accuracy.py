@@ -6,20 +6,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UnknownNameError
-from vramplan.foretold import FILE_NAME, Foretold, read
+from vramplan.foretold import Foretold, Round, rounds
 from vramplan.gpus import Gpu, find_gpu
-from vramplan.job import Job
+from vramplan.job import recorded_job
 from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.report.page import Page, Table
 from vramplan.timefit import Timed, fit_times, measured_step_time
+from vramplan.timeline import BEFORE_TRAINING, Phase
 from vramplan.timing import step_time
 from vramplan.units import MIB
 
@@ -48,22 +49,24 @@ class Row:
         record: The run.
         prediction: What the code says of it today.
         figures: What both have.
-        foretold: What was written down before the run was measured; None for runs that were
-            looked at while the model was made.
     """
 
     record: Record
     prediction: Prediction
     figures: tuple[Figure, ...]
-    foretold: Foretold | None = None
 
     def error(self, figure: str) -> float | None:
         """Relative error of one figure; None where it was not measured."""
         return next((f.error for f in self.figures if f.name == figure), None)
 
 
-def predicted(record: Record) -> Prediction:
-    """The estimate of a recorded job on its card."""
+def predicted(record: Record, *, evaluated: bool = False) -> Prediction:
+    """The estimate of a recorded job on its card.
+
+    Args:
+        record: The run.
+        evaluated: Whether with its evaluation, which the figures of its steps leave out.
+    """
     gpu: Gpu | None = None
     if record.gpu.slug:
         try:
@@ -71,7 +74,13 @@ def predicted(record: Record) -> Prediction:
         except UnknownNameError:
             gpu = None
     model = model_from_config(record.config, record.model)
-    return predict(model, Job.from_dict(record.job), gpu)
+    job = recorded_job(record)
+    return predict(
+        model,
+        job.evaluated(record.run) if evaluated else job,
+        gpu,
+        random_weights=record.run.weights == "random",
+    )
 
 
 def figures(record: Record, prediction: Prediction | Foretold) -> tuple[Figure, ...]:
@@ -84,8 +93,8 @@ def figures(record: Record, prediction: Prediction | Foretold) -> tuple[Figure, 
     run = record.run
     roomy = run.limit_bytes is None
     found = [Figure("ready", record.ready_bytes, prediction.ready_bytes)]
-    if run.weights != "random":
-        found.append(Figure("load peak", record.load_peak_bytes, prediction.load_peak_bytes))
+    if run.weights != "random" and isinstance(prediction, Prediction):
+        found.append(Figure("load", record.load_peak_bytes, prediction.replayed_load()[0]))
     found.append(
         Figure("peak allocated", record.peak_allocated_bytes, prediction.peak_allocated_bytes)
     )
@@ -100,25 +109,52 @@ def figures(record: Record, prediction: Prediction | Foretold) -> tuple[Figure, 
         found.append(Figure("smallest limit", least, prediction.min_limit_bytes))
     if record.paged_bytes is not None:
         found.append(Figure("paged", record.paged_bytes, prediction.paged_bytes))
-    return tuple(found)
+    return (*found, *evaluation_figures(record))
+
+
+def evaluation_figures(record: Record) -> Iterator[Figure]:
+    """The peaks of an evaluation, and what it leaves reserved for the training behind it."""
+    if not record.run.evaluate:
+        return
+    planned = predicted(record, evaluated=True)
+    allocated = planned.evaluate_peak_allocated_bytes
+    measured = record.phases.get(Phase.EVALUATE.value)
+    if measured is None or allocated is None:
+        return
+    yield Figure("evaluate", measured.peak_allocated_bytes, allocated)
+    if record.run.limit_bytes is None and not record.num_alloc_retries:
+        reserved = measured.peak_reserved_bytes
+        yield Figure("reserved by evaluating", reserved, planned.peak_reserved_bytes)
+
+
+def phase_figures(record: Record, prediction: Prediction) -> Iterator[Figure]:
+    """The peaks of the first step, of the phases of later ones and of a save, in bytes."""
+    first = prediction.first_step_peak_allocated_bytes
+    if first is not None:
+        yield Figure("first step", record.first_step_peak_allocated_bytes, first)
+    for phase, size in prediction.phases().items():
+        if phase not in BEFORE_TRAINING and phase in record.phases:
+            yield Figure(phase, record.phases[phase].peak_allocated_bytes, size)
 
 
 def rows(folder: Path) -> list[Row]:
     """Every record of a calibration folder with its prediction, by name."""
     found = []
-    foretold = read(folder / FILE_NAME)
     for path in sorted((folder / "runs").glob("*.json")):
         record = read_record(path)
         prediction = predicted(record)
-        found.append(
-            Row(record, prediction, figures(record, prediction), foretold.get(record.name))
-        )
+        compared = (*figures(record, prediction), *phase_figures(record, prediction))
+        found.append(Row(record, prediction, compared))
     return found
 
 
 # -- the tables ------------------------------------------------------------------------------------
 
 FIGURES = ("ready", "peak allocated", "peak reserved", "device peak", "smallest limit")
+PHASES = (
+    "load", "first step", "forward", "loss", "backward", "step", "evaluate",
+    "reserved by evaluating", "save",
+)  # fmt: skip
 SPREAD = ("runs", "median", "off by, median", "90 % within", "worst", "which")
 
 
@@ -162,24 +198,24 @@ def summary(found: Sequence[Row]) -> Table:
     return Table("", ("figure", *SPREAD), tuple(lines))
 
 
-def beforehand(found: Sequence[Row]) -> Table:
+def beforehand(found: Sequence[Row], written: Round) -> Table:
     """The errors of what was written down before the runs were measured."""
     then = [
-        Row(row.record, row.prediction, figures(row.record, row.foretold))
+        Row(row.record, row.prediction, figures(row.record, written.predictions[row.record.name]))
         for row in found
-        if row.foretold is not None
+        if row.record.name in written.predictions
     ]
-    seconds = {
-        row.record.name: row.foretold.step_time_s / measured - 1
+    times_then = {
+        row.record.name: seconds / measured - 1
         for row in distinct(found)
-        if row.foretold is not None
-        and row.foretold.step_time_s is not None
+        if (was := written.predictions.get(row.record.name)) is not None
+        and (seconds := was.step_time_s) is not None
         and (measured := measured_step_time(row.record)) is not None
     }
     return Table(
-        "Predicted before they were measured",
+        f"Predicted before they were measured, {written.created[:16].replace('T', ' ')} UTC",
         ("figure", *SPREAD),
-        summary(then).rows + ((("step time", *spread(seconds)),) if seconds else ()),
+        summary(then).rows + ((("step time", *spread(times_then)),) if times_then else ()),
         "The predictions were committed before the runs were made. These are the errors of the "
         "predictions as they stood; what they taught is in all other tables.",
     )
@@ -229,6 +265,18 @@ def groups(found: Sequence[Row]) -> Table:
         if (errors := errors_of([row for row in found if key(row) == name], "peak allocated"))
     ]
     return Table("Peak allocated by kind of run", ("runs of", *SPREAD), tuple(lines))
+
+
+def phases(found: Sequence[Row]) -> Table:
+    """The peak of every phase."""
+    lines = [(name, *spread(errors)) for name in PHASES if (errors := errors_of(found, name))]
+    return Table(
+        "Phase by phase",
+        ("phase", *SPREAD),
+        tuple(lines),
+        "Allocated bytes, largest in the phase. Evaluation and saving happen behind the last step "
+        "but one. Random weights are not loaded as a checkpoint is: loading is left out.",
+    )
 
 
 def left_out(found: Sequence[Row]) -> Table:
@@ -440,14 +488,18 @@ def accuracy_page(folder: Path) -> Page:
     return Page(
         f"Accuracy on {record.gpu.name}",
         f"Stock transformers.Trainer, random weights; driver {record.gpu.driver}, {versions}. "
-        f"Made by: vramplan accuracy. The runs by: {record.command}. They were looked at while "
-        "the block programs were written: none of them is held out. Errors are predicted over "
+        f"Made by: vramplan accuracy. The runs by: {record.command}. All have been looked at "
+        "since; what was predicted beforehand has tables of its own. Errors are predicted over "
         "measured, minus one.",
-        tuple(
-            make(found)
-            for make in (
-                summary, beforehand, too_low, groups, left_out, emulated, limits, repeats, times,
-                paging, details,
-            )
+        (
+            summary(found),
+            *(beforehand(found, written) for written in rounds(folder)),
+            *(
+                make(found)
+                for make in (
+                    too_low, groups, phases, left_out, emulated, limits, repeats, times, paging,
+                    details,
+                )
+            ),
         ),
     )  # fmt: skip

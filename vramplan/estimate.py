@@ -13,18 +13,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from vramplan import ops
 from vramplan.errors import UsageError
+from vramplan.evaluate import EvaluationLoop
 from vramplan.families import Family, find_family
 from vramplan.families.common import Env
-from vramplan.formats import FP32, INT64
+from vramplan.formats import FP32
+from vramplan.forward import Forward
 from vramplan.job import Job
-from vramplan.layers import Built, Layer, num_lead_layers, runs_of
+from vramplan.layers import Built, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
-from vramplan.tape import Leaf, Param, Storage, Tape, Tensor
-from vramplan.timeline import Kind, Phase, Timeline
+from vramplan.tape import Param, Storage, Tape, Tensor
+from vramplan.timeline import Kind, Peak, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
-from vramplan.work import Work
+from vramplan.work import Work, total_flops
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8
@@ -38,12 +39,14 @@ class Estimate:
 
     Attributes:
         ready_bytes: Allocated when training is about to start.
-        peak_allocated_bytes: Largest allocated from the second step on.
+        peak_allocated_bytes: Largest allocated from the second step on, evaluation included.
         load_peak_bytes: Largest allocated while loading and preparing.
+        evaluate_peak_bytes: Largest allocated in an evaluation; None for a job without.
         static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
         optimizer_bytes: Optimizer state on the device.
         paged_bytes: Optimizer state in managed memory.
         work: One micro-batch's forward and backward, as asked of the host and the card.
+        num_micro_steps: Micro-batches of one optimizer step.
         num_trainable: Trainable parameters.
         num_trainable_tensors: The tensors they are in.
         trainable_bytes: Their size.
@@ -53,10 +56,12 @@ class Estimate:
     ready_bytes: int
     peak_allocated_bytes: int
     load_peak_bytes: int
+    evaluate_peak_bytes: int | None
     static_bytes: int
     optimizer_bytes: int
     paged_bytes: int
     work: tuple[Work, ...]
+    num_micro_steps: int
     num_trainable: int
     num_trainable_tensors: int
     trainable_bytes: int
@@ -66,6 +71,15 @@ class Estimate:
     def timeline(self) -> Timeline:
         """Every allocation of the run."""
         return self.tape.timeline()
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of one optimizer step."""
+        return self.num_micro_steps * total_flops(self.work)
+
+    def peak(self) -> Peak:
+        """The fullest moment of the step."""
+        return self.timeline.peak()
 
 
 def num_cublaslt_threads(model: Model, job: Job) -> int:
@@ -112,6 +126,7 @@ def estimate(
     *,
     capability: tuple[int, int] = DEFAULT_CAPABILITY,
     workspace_bytes: int | None = None,
+    from_checkpoint: bool = False,
 ) -> Estimate:
     """Predict the memory of one job.
 
@@ -122,6 +137,9 @@ def estimate(
             attention kernel.
         workspace_bytes: cuBLAS's workspaces of both threads as measured on the card, cuBLASLt's
             left out; None for what PyTorch gives that generation.
+        from_checkpoint: Whether ``from_pretrained`` loads the weights, which decides the order in
+            which they come and so what the allocator's cache looks like; otherwise they are made
+            on the card, as random ones are.
 
     Returns:
         Its numbers, all in bytes as torch's allocator counts them.
@@ -129,22 +147,28 @@ def estimate(
     Raises:
         UsageError: If the job does not go with the model.
     """
-    return Step(model, job, capability, workspace_bytes).run()
+    return Step(model, job, capability, workspace_bytes, from_checkpoint).run()
 
 
 class Step:
     """Walks one steady step of a job."""
 
     def __init__(
-        self, model: Model, job: Job, capability: tuple[int, int], workspace_bytes: int | None
+        self,
+        model: Model,
+        job: Job,
+        capability: tuple[int, int],
+        workspace_bytes: int | None,
+        from_checkpoint: bool,
     ) -> None:
         self.model = model
         self.job = job
         self.family = find_family(model.family)
         self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
-        self.tape = Tape(job.autocast_dtype)
+        settings = job.allocator_settings
+        self.tape = Tape(job.autocast_dtype, settings.round_size if settings.rounds_up else None)
         self.tape.kind = Kind.WEIGHTS
-        self.built = Built(self.tape, model, job, self.runs)
+        self.built = Built(self.tape, model, job, self.runs, from_checkpoint=from_checkpoint)
         self.env = Env(
             job,
             model.dims,
@@ -154,6 +178,7 @@ class Step:
             job.tokens,
             capability=capability,
         )
+        self.forward = Forward(self.tape, self.family, self.built, self.env)
         self.workspace_bytes = (
             workspace_bytes // 2
             if workspace_bytes is not None
@@ -161,8 +186,6 @@ class Step:
             if capability[0] == 9
             else CUBLAS_WORKSPACE
         )
-        self.marks: list[int] = []
-        self.leaf: Leaf | None = None
 
     def run(self) -> Estimate:
         """Load, then one steady step."""
@@ -175,24 +198,33 @@ class Step:
         static = t.live_bytes
         before = t.peak_bytes
         t.peak_bytes = 0
+        t.phase = Phase.FORWARD
+        batches = self._batches()
         for _ in range(min(self.job.gradient_accumulation_steps, 2)):
             self._micro_step()
         work = tuple(t.work)
+        del batches
         walk_peak = t.peak_bytes
         t.peak_bytes = 0
         self._optimizer_step()
         step_peak = t.peak_bytes
-        t.peak_bytes = max(before, walk_peak, step_peak)
+        t.peak_bytes = 0
+        if self.job.evaluate:
+            EvaluationLoop(t, self.family, self.built, self.job, self.env).run()
+        evaluate_peak = t.peak_bytes
+        t.peak_bytes = max(before, walk_peak, step_peak, evaluate_peak)
         t.finish()
         trainable = self.built.trainable
         return Estimate(
             ready_bytes=ready,
-            peak_allocated_bytes=max(walk_peak, step_peak),
+            peak_allocated_bytes=max(walk_peak, step_peak, evaluate_peak),
             load_peak_bytes=load_peak,
+            evaluate_peak_bytes=evaluate_peak if self.job.evaluate else None,
             static_bytes=static,
             optimizer_bytes=optimizer_bytes,
             paged_bytes=paged,
             work=work,
+            num_micro_steps=self.job.gradient_accumulation_steps,
             num_trainable=self.built.num_trainable,
             num_trainable_tensors=sum(p.copies for p in trainable),
             trainable_bytes=sum(p.copies * p.numel * p.dtype.size for p in trainable),
@@ -240,136 +272,39 @@ class Step:
                 held.append(storage)
         return held
 
-    def _batch(self) -> list[Tensor]:
-        """input_ids, attention_mask and labels, as the data loader moves them to the device."""
-        t = self.tape
-        t.owner = "batch"
-        return [t.new(self.job.tokens, INT64, Kind.BATCH) for _ in range(3)]
+    def _batches(self) -> list[Storage]:
+        """input_ids, attention_mask and labels, as the data loader moves them to the device.
+
+        Trainer fetches those of all micro-batches first, to count their labels.
+
+        Source: transformers 5.17.0 ``trainer.py`` (``get_batch_samples``).
+        """
+        nbytes, steps = round_block(self.job.tokens * 8), self.job.gradient_accumulation_steps
+        return [Storage(self.tape, nbytes, Kind.BATCH, "batch", steps) for _ in range(3)]
 
     def _micro_step(self) -> None:
-        t = self.tape
+        t, forward = self.tape, self.forward
         t.phase = Phase.FORWARD
         t.close_work(1)
         t.work = []
-        batch = self._batch()
         t.kind = Kind.ACTIVATIONS
-        loss = self._forward()
+        loss = forward.run()[0]
         t.phase = Phase.BACKWARD
         with t.no_autocast():
             self._backward(loss)
         del loss
+        t.drop_graph()
         self.env.kept = None
-        if self.leaf is not None:
-            self.leaf.release()
-            self.leaf = None
-        del batch
+        if forward.leaf is not None:
+            forward.leaf.release()
+            forward.leaf = None
         t.close_work(1)
-
-    def _forward(self) -> Tensor:
-        """The model's forward and what accelerate wraps around it."""
-        t = self.tape
-        with t.autocasting():
-            loss, logits = self._causal_lm()
-        if self.job.autocast_dtype is not None:
-            with t.no_autocast():
-                t.kind = Kind.LOGITS
-                logits = ops.to(t, logits, FP32)
-        t.kind = Kind.ACTIVATIONS
-        return loss
-
-    def _causal_lm(self) -> tuple[Tensor, Tensor]:
-        """...ForCausalLM.forward."""
-        t = self.tape
-        hidden = self._decoder()
-        self.marks.append(t.position)
-        t.kind = Kind.LOGITS
-        t.phase = Phase.LOSS
-        logits = self.family.head(t, self.built.head, hidden, self.env)
-        t.owner = "loss"
-        return self._loss(logits), logits
-
-    def _decoder(self) -> Tensor:
-        """...Model.forward: embedding, position tables, layers, final norm."""
-        t, env, built = self.tape, self.env, self.built
-        spec = built.embedding.spec
-        name = spec.name.rsplit(".", 1)[0]
-        t.owner = name
-        position_ids = t.new(env.length, INT64, Kind.BATCH) if self.family.positions else None
-        t.owner = spec.name
-        embeds = self._require_grad(self.family.embed(t, built.embedding, env))
-        t.owner = name
-        hidden, held = self.family.enter(t, built.outside, embeds, env)
-        t.owner = name
-        self.family.prepare(t, embeds, env)
-        del embeds
-        self.marks = [t.position]
-        for layers, run in zip(built.layers, self.runs, strict=True):
-            with t.repeated(run.repeats):
-                for layer in layers:
-                    hidden = self._layer(layer, hidden)
-            self.marks.append(t.position)
-        if built.final_norm is not None:
-            hidden = self.family.norm(t, built.final_norm, hidden, env)
-        hidden = self.family.leave(t, built.outside, hidden, env)
-        env.kept = None
-        del position_ids, held  # the model's forward holds them to its end
-        if self.job.gradient_checkpointing:
-            env.keep(env.dims.kinds)
-        else:  # nobody will run a block again: the graph alone holds tables, and no masks
-            env.keep(self._folded_kinds(), masks=False)
-        return hidden
-
-    def _folded_kinds(self) -> set[str]:
-        """Kinds of which no layer is written out before the folded ones.
-
-        The first layer of such a kind is the last to let go of its tables. Which repetition does
-        cannot be written in a folded section, so they are held until all have been walked back.
-        """
-        seen: set[str] = set()
-        folded: set[str] = set()
-        for run in self.runs:
-            if run.repeats > 1:
-                folded.update(kind for kind in run.kinds if kind not in seen)
-            seen.update(run.kinds)
-        return folded
-
-    def _require_grad(self, embeds: Tensor) -> Tensor:
-        """enable_input_require_grads: checkpointing makes a frozen embedding's output a leaf.
-
-        Its gradient is computed and kept with it until the graph goes.
-
-        Source: transformers 5.17.0 ``modeling_utils.py`` (``gradient_checkpointing_enable``).
-        """
-        if not self.job.gradient_checkpointing or embeds.node is not None:
-            return embeds
-        assert embeds.storage is not None
-        self.leaf = Leaf(embeds.storage, embeds.numel, embeds.dtype, True, self.tape.owner, 1)
-        return self.leaf
-
-    def _layer(self, layer: Layer, hidden: Tensor) -> Tensor:
-        t, env, block = self.tape, self.env, self.family.block
-
-        def run() -> Tensor:
-            t.owner = layer.name
-            env.use(layer.kind)
-            return block(t, layer, hidden, env)
-
-        return t.checkpoint(run) if self.job.gradient_checkpointing else run()
-
-    def _loss(self, logits: Tensor) -> Tensor:
-        """ForCausalLMLoss: fp32 logits, log_softmax, nll_loss."""
-        t = self.tape
-        upcast = ops.to(t, logits, FP32)
-        labels = t.new(self.job.tokens + self.job.batch_size, INT64, Kind.BATCH)
-        shifted = t.new(self.job.tokens, INT64, Kind.BATCH)
-        del labels
-        return ops.cross_entropy(t, upcast, shifted)
 
     def _backward(self, loss: Tensor) -> None:
         """Layer by layer, so that folded layers are folded here too."""
         t = self.tape
         t.start_backward(loss)
-        marks = self.marks
+        marks = self.forward.marks
         for index in reversed(range(len(self.runs))):
             t.run_backward(marks[index + 1])
             with t.repeated(self.runs[index].repeats):
@@ -393,11 +328,17 @@ class Step:
     def _update(self, trainable: list[Param]) -> None:
         """The temporaries of the optimizer's step."""
         t, optimizer = self.tape, self.job.optimizer
-        if optimizer.loop_temporaries:  # one parameter after another: the largest decides
-            for param in sorted(trainable, key=lambda p: -p.numel)[:1]:
+        if optimizer.loop_temporaries:
+            # one parameter after another, first all that decay; a local of the loop still holds
+            # the last one's update while the next begins
+            decayed = [param for param in trainable if param.rows]
+            before = 0
+            for param in (*decayed, *(param for param in trainable if not param.rows)):
                 sizes = optimizer.step_temporaries(param.numel, param.dtype)
-                held = [Storage(t, nbytes, Kind.WORKSPACE, "optimizer") for nbytes in sizes]
+                update = round_block(param.numel * FP32.size)
+                held = [Storage(t, n, Kind.WORKSPACE, "optimizer") for n in (before, *sizes) if n]
                 del held
+                before = update
             return
         made: list[tuple[int, Storage]] = []
         for copies, params in groupby(trainable, key=lambda p: p.copies):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vramplan.alloc_conf import AllocatorSettings, parse_alloc_conf
 from vramplan.errors import UnknownNameError, UsageError
 from vramplan.formats import BF16, DTYPES, FP16, FP32, QUANT_FORMATS, Dtype, find_dtype
 from vramplan.optimizers import Optimizer, find_optimizer
+
+if TYPE_CHECKING:
+    from vramplan.record import Record
 
 METHODS = ("full", "lora", "qlora")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
@@ -20,6 +24,14 @@ MAX_BATCH = 1_000_000
 MAX_SEQ_LEN = 100_000_000
 MAX_RANK = 1_000_000
 MAX_STEPS = 1_000_000
+MAX_SAMPLES = 1_000_000_000
+EVALUATION = (
+    "evaluate",
+    "eval_batch_size",
+    "eval_logits",
+    "eval_accumulation_steps",
+    "eval_samples",
+)  # fields of Job about the evaluation alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +56,16 @@ class Job:
         quant_type: Format of quantised weights (qlora only).
         double_quant: Whether the scales are quantised too.
         prepare_kbit: Whether ``prepare_model_for_kbit_training`` is called.
+        alloc_conf: PYTORCH_ALLOC_CONF of the process; empty for PyTorch's defaults.
         num_gpus: GPUs of the run.
         sharding: How state is spread over them.
+        evaluate: Whether Trainer evaluates while it trains (eval_strategy).
+        eval_batch_size: Sequences per evaluation batch (per_device_eval_batch_size).
+        eval_logits: Whether evaluation keeps the logits, as a compute_metrics function makes it
+            unless prediction_loss_only is set.
+        eval_accumulation_steps: Batches after which they leave the card; None keeps all on it.
+        eval_samples: Sequences of the evaluation data set, each of ``seq_len`` tokens; None for
+            two batches, which is what the harness evaluates.
     """
 
     method: str = "qlora"
@@ -64,8 +84,14 @@ class Job:
     quant_type: str = "nf4"
     double_quant: bool = True
     prepare_kbit: bool = True
+    alloc_conf: str = ""
     num_gpus: int = 1
     sharding: str = "none"
+    evaluate: bool = False
+    eval_batch_size: int = 8
+    eval_logits: bool = False
+    eval_accumulation_steps: int | None = None
+    eval_samples: int | None = None
 
     def __post_init__(self) -> None:
         _choice("--method", self.method, METHODS)
@@ -84,11 +110,28 @@ class Job:
             raise UsageError(f"--lora-dropout must be in [0, 1), not {self.lora_dropout}")
         if self.num_gpus != 1:
             raise UsageError("only one GPU is modelled so far; --num-gpus must be 1")
+        self._check_evaluation()
         if not self.target_modules:
             raise UsageError("--target-modules is empty; name layers, or say all-linear")
         if self.method == "full" and self.modules_to_save:
             raise UsageError("--modules-to-save belongs to lora and qlora; full trains everything")
         find_optimizer(self.optimizer_name)
+        parse_alloc_conf(self.alloc_conf)
+
+    def _check_evaluation(self) -> None:
+        _between("--eval-batch-size", self.eval_batch_size, 1, MAX_BATCH)
+        for option, value in (
+            ("--eval-accumulation-steps", self.eval_accumulation_steps),
+            ("--eval-samples", self.eval_samples),
+        ):
+            if value is not None:
+                _between(option, value, 1, MAX_SAMPLES)
+        about = (self.eval_logits, self.eval_accumulation_steps, self.eval_samples)
+        if not self.evaluate and about != (False, None, None):
+            raise UsageError(
+                "--eval-logits, --eval-accumulation-steps and --eval-samples are about the "
+                "evaluation: add --eval"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
@@ -116,6 +159,11 @@ class Job:
     def optimizer(self) -> Optimizer:
         """The optimizer's row in the table."""
         return find_optimizer(self.optimizer_name)
+
+    @property
+    def allocator_settings(self) -> AllocatorSettings:
+        """What ``alloc_conf`` says."""
+        return parse_alloc_conf(self.alloc_conf)
 
     @property
     def tokens(self) -> int:
@@ -152,9 +200,32 @@ class Job:
         """Dtype of the adapters: peft makes half-precision ones fp32 (autocast_adapter_dtype)."""
         return FP32
 
+    def evaluated(self, run: object) -> Job:
+        """This job with the evaluation of a measured run.
+
+        Args:
+            run: Its specification or what a record keeps of it; has every name of ``EVALUATION``.
+        """
+        if not getattr(run, "evaluate", False):
+            return self
+        return self.but(**{name: getattr(run, name) for name in EVALUATION})
+
     def but(self, **changes: Any) -> Job:
         """The same job with some fields changed."""
         return replace(self, **changes)
+
+
+def recorded_job(record: Record) -> Job:
+    """The job of a record, under the allocator settings that were in force in its run.
+
+    Args:
+        record: The record; those made before there was ``alloc_conf`` have none in their job.
+
+    Raises:
+        UsageError: If a setting or a field is one that this version cannot plan with.
+    """
+    job = Job.from_dict(record.job)
+    return job.but(alloc_conf=record.allocator_settings) if record.allocator_settings else job
 
 
 def _short_name(dtype: str) -> str:

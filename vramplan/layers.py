@@ -13,14 +13,16 @@ Source: transformers 5.17 ``integrations/bitsandbytes.py``; peft 0.21 ``tuners/l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 from vramplan import ops
 from vramplan.errors import UsageError
-from vramplan.formats import FP32, QUANT_FORMATS, Dtype
+from vramplan.formats import FP16, FP32, QUANT_FORMATS, Dtype
 from vramplan.job import ALL_LINEAR, Job
+from vramplan.loading import checkpoint_name, natural_key, warm_up_bytes, weights
 from vramplan.model import (
     Architecture,
     EmbeddingSpec,
@@ -176,11 +178,12 @@ class Norm:
 
 @dataclass(slots=True)
 class Embedding:
-    """An embedding table."""
+    """An embedding table; ``original`` is the one that a saved copy took the place of."""
 
     spec: EmbeddingSpec
     owner: str
     weight: Param
+    original: Param
 
 
 @dataclass(slots=True)
@@ -243,7 +246,13 @@ def _period(kinds: Sequence[str], start: int) -> tuple[int, int]:
 
 
 def num_lead_layers(model: Model, job: Job) -> int:
-    """Layers up to the first with something to train: later ones alone see a gradient's input."""
+    """Layers to write out before any is folded.
+
+    Up to the first with something to train: later ones alone see a gradient's input. Without
+    checkpointing those of adapters are followed by one of every kind: what that first layer leaves
+    (attention weights, tables that no node of its keeps) is let go of once, by the next, and the
+    tables are held by the first layer whose whole graph is there.
+    """
     arch = model.architecture
     names = resolve_targets(arch, job) | set(job.modules_to_save)
     parameters = parameter_targets(arch, job)
@@ -252,7 +261,10 @@ def num_lead_layers(model: Model, job: Job) -> int:
         if job.method == "full" or any(
             m.name in parameters or m.name.rsplit(".", 1)[-1] in names for m in modules
         ):
-            return index + 1
+            if job.method == "full" or job.gradient_checkpointing:
+                return index + 1
+            later = model.dims.kinds[index + 1 :]
+            return index + 1 + max((later.index(kind) + 1 for kind in set(later)), default=0)
     return 1
 
 
@@ -264,37 +276,85 @@ class Built:
         model: The model.
         job: The job, which decides dtypes, quantisation and adapters.
         runs: How the layers are folded; ``layers`` holds one list a run.
+        from_checkpoint: Whether ``from_pretrained`` loads the weights, in the order of
+            ``vramplan.loading``; otherwise they are made on the card in the order of registration.
     """
 
-    def __init__(self, t: Tape, model: Model, job: Job, runs: list[Run]) -> None:
+    def __init__(
+        self, t: Tape, model: Model, job: Job, runs: list[Run], *, from_checkpoint: bool = False
+    ) -> None:
         self.t = t
+        # a model that is not quantised is loaded on the host and moved in order of registration
+        self.from_checkpoint = from_checkpoint and job.quantised
+        self.made_on_card = not from_checkpoint
         self.runs = runs
         self.job = job
         self.model = model
         arch = model.architecture
         self.targets = resolve_targets(arch, job)
         self.parameter_targets = parameter_targets(arch, job)
+        if job.method != "full":
+            _refuse_idle(model, job, self.targets, self.parameter_targets)
         self.params: list[Param] = []
         self._to_cast: list[Param] = []
         self.trainable: list[Param] = []
         self.storages: list[Storage] = []
         self.num_trainable = 0
-        self.embedding = self._embedding(arch.embedding)
         self.outside = Layer()
-        for spec in arch.outside:
-            self._add(self.outside, spec, "", 1)
         self.layers: list[list[Layer]] = []
-        start = 0
-        for run in runs:
-            self.layers.append(self._run(arch, run, start))
-            start += len(run.kinds) * run.repeats
-        self.final_norm = self._norm(arch.final_norm, "", 1) if arch.final_norm else None
-        self.head = self._head(arch.head)
+        self.final_norm: Norm | None = None
+        if self.from_checkpoint:
+            warm_up = Storage(t, warm_up_bytes(weights(model, job)), Kind.WEIGHTS, "warm-up")
+            del warm_up
+        self._load(arch)
         for nbytes in arch.model_buffers:
             self._hold(nbytes, Kind.WEIGHTS, "buffers")
         if self._to_cast:
             self._cast_to_fp32()
         self._add_adapters()
+        t.phase = Phase.PREPARE
+        t.empty_cache()  # Trainer.train begins with accelerate's free_memory
+
+    def _load(self, arch: Architecture) -> None:
+        """Every module: as registered, or as the checkpoint's tensors come, sorted by name."""
+        parts: list[tuple[str, Callable[[Architecture], None]]] = [
+            (arch.embedding.name, self._load_embedding),
+            *((spec.name, self._loader_of(spec)) for spec in arch.outside),
+            (f"{arch.layer_prefix}.0", self._load_layers),
+        ]
+        if arch.final_norm is not None:
+            parts.append((arch.final_norm.name, self._load_final_norm))
+        # a tied head shares the embedding's weight: behind all others
+        name = "~" if self.model.dims.tied else checkpoint_name(self.model, arch.head.name)
+        parts.append((name, self._load_head))
+        order = list(range(len(parts)))
+        if self.from_checkpoint:
+            order.sort(key=lambda index: natural_key(parts[index][0]))
+        cast: dict[int, list[Param]] = {}
+        for index in order:
+            before = len(self._to_cast)
+            parts[index][1](arch)
+            cast[index] = self._to_cast[before:]
+        self._to_cast = [param for index in range(len(parts)) for param in cast[index]]
+
+    def _load_embedding(self, arch: Architecture) -> None:
+        self.embedding = self._embedding(arch.embedding)
+
+    def _loader_of(self, spec: ModuleSpec) -> Callable[[Architecture], None]:
+        return lambda _: self._add(self.outside, spec, "", 1)
+
+    def _load_layers(self, arch: Architecture) -> None:
+        start = 0
+        for run in self.runs:
+            self.layers.append(self._run(arch, run, start))
+            start += len(run.kinds) * run.repeats
+
+    def _load_final_norm(self, arch: Architecture) -> None:
+        assert arch.final_norm is not None
+        self.final_norm = self._norm(arch.final_norm, "", 1)
+
+    def _load_head(self, arch: Architecture) -> None:
+        self.head = self._head(arch.head)
 
     def _add_adapters(self) -> None:
         """get_peft_model, once the model is loaded and prepared.
@@ -321,6 +381,12 @@ class Built:
                     nbytes = round_block(param.numel * param.dtype.size)
                     if param.storage is not None and param.storage.nbytes != nbytes:
                         param.storage = Storage(self.t, nbytes, Kind.ADAPTERS, param.owner)
+
+    def adapters(self) -> list[Adapter]:
+        """Every layer's LoRA matrices."""
+        layers = [self.outside, *(layer for layers in self.layers for layer in layers)]
+        linears = [linear for layer in layers for linear in layer.linears.values()]
+        return [x.adapter for x in (*linears, self.head) if x.adapter is not None]
 
     def _adapt(self, linears: Iterable[Linear], copies: int) -> list[Param]:
         """LoRA matrices for those that are targets; the two of each, in order."""
@@ -349,16 +415,13 @@ class Built:
         return made
 
     def _cast_to_fp32(self) -> None:
-        """prepare_model_for_kbit_training: one parameter after another, then empty_cache.
-
-        The small parameters of the folded layers are fp32 from the start here; they are far from
-        deciding anything.
-        """
+        """prepare_model_for_kbit_training: one parameter after another, then empty_cache."""
         self.t.phase = Phase.PREPARE
-        for param in self._to_cast:
-            param.storage = Storage(
-                self.t, round_block(param.numel * param.dtype.size), Kind.WEIGHTS, param.owner
-            )
+        for copies, params in groupby(self._to_cast, key=lambda param: param.copies):
+            with self.t.repeated(copies):
+                for param in params:
+                    nbytes = round_block(param.numel * param.dtype.size)
+                    param.storage = Storage(self.t, nbytes, Kind.WEIGHTS, param.owner)
         self.t.empty_cache()
 
     def cast_biases(self) -> None:
@@ -397,7 +460,7 @@ class Built:
         if trainable is None:
             trainable = self.job.method == "full"
         loaded = self.job.weight_dtype
-        cast = kind is Kind.WEIGHTS and dtype is not loaded and copies == 1
+        cast = kind is Kind.WEIGHTS and dtype is not loaded
         moved = kind is Kind.ADAPTERS and not self.job.quantised  # cast by peft when all are there
         size = loaded.size if cast or moved else dtype.size
         storage = Storage(self.t, round_block(numel * size), kind, owner)
@@ -423,22 +486,22 @@ class Built:
 
     def _embedding(self, spec: EmbeddingSpec) -> Embedding:
         numel = spec.num_parameters
-        weight = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
+        weight = original = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
         saved = self._saved_copy(spec.name)
         if saved:
             weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1, saved=True)
         for nbytes in spec.buffers * (1 + saved):  # the copy is one of the whole module
             self._hold(nbytes, Kind.WEIGHTS, "buffers")
         weight.embedding = True
-        return Embedding(spec, spec.name, weight)
+        return Embedding(spec, spec.name, weight, original)
 
     def _norm(self, spec: NormSpec, prefix: str, copies: int) -> Norm:
         owner = prefix + spec.name
         saved = self._saved_copy(spec.name)
         names = ("weight", "bias") if spec.bias else ("weight",)
-        made = [self._param(spec.size, 1, self.plain_dtype, owner, copies) for _ in names]
+        made = [self._param(spec.size, 0, self.plain_dtype, owner, copies) for _ in names]
         if saved:
-            made = [self._adapter_param(spec.size, 1, owner, copies, saved=True) for _ in names]
+            made = [self._adapter_param(spec.size, 0, owner, copies, saved=True) for _ in names]
         return Norm(spec, owner, made[0], made[1] if spec.bias else None)
 
     def _adapter_param(
@@ -463,14 +526,14 @@ class Built:
             layer = self._quantised(spec, owner, copies)
         else:
             weight = self._param(rows * columns, rows, self.plain_dtype, owner, copies)
-            bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
+            bias = self._param(rows, 0, self.plain_dtype, owner, copies) if spec.bias else None
             layer = Linear(spec, owner, weight, bias)
         return layer
 
     def _parameter(self, spec: ParameterSpec, prefix: str, copies: int) -> Parameter:
         owner = prefix + spec.name
         experts = spec.num_experts
-        rows, _columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, spec.shape[0])
+        rows, _columns = spec.shape[-2:] if len(spec.shape) > 1 else (0, spec.shape[0])
         first = experts * rows  # as a matrix of all experts' rows
         weight = self._param(spec.num_parameters, first, self.plain_dtype, owner, copies)
         weight.matrices = experts
@@ -483,6 +546,11 @@ class Built:
         # the whole weight comes to the device first and goes when it is quantised
         whole = rows * columns * job.weight_dtype.size
         passing = [Storage(self.t, round_block(whole), Kind.WEIGHTS, owner)]
+        if self.from_checkpoint and spec.cls == "Conv1D":  # copied into nn.Linear's order
+            passing.append(Storage(self.t, round_block(whole), Kind.WEIGHTS, owner))
+        elif self.from_checkpoint and not fmt.block:  # LLM.int8: to the host and back in fp16
+            half = round_block(rows * columns * FP16.size)
+            passing.append(Storage(self.t, half, Kind.WEIGHTS, owner))
         scales = round_block(-(-rows * columns // fmt.block) * 4) if fmt.block else 0
         nested = fmt.nested and job.double_quant
         if nested:  # fp32 scales, then their distance from the mean, then those quantised
@@ -492,7 +560,7 @@ class Built:
                 passing.append(Storage(self.t, scales, Kind.WEIGHTS, owner))
             self._hold(nbytes, Kind.WEIGHTS, owner)
         del passing
-        bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
+        bias = self._param(rows, 0, self.plain_dtype, owner, copies) if spec.bias else None
         layer = Linear(spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype)
         if fmt.block:
             layer.dequantised = dequantised_bytes(job, rows, columns)
@@ -509,8 +577,17 @@ class Built:
     def _layer(self, arch: Architecture, kind: str, position: str, copies: int) -> Layer:
         prefix = f"{arch.layer_prefix}.{position}."
         layer = Layer(prefix.removesuffix("."), kind)
-        for spec in arch.block_of(kind):
+        specs = arch.block_of(kind)
+        ordered = (
+            sorted(specs, key=lambda s: natural_key(checkpoint_name(self.model, s.name)))
+            if self.from_checkpoint
+            else specs
+        )
+        for spec in ordered:
             self._add(layer, spec, prefix, copies)
+        # peft meets them as registered
+        names = [spec.name for spec in specs if spec.name in layer.linears]
+        layer.linears = {name: layer.linears[name] for name in names}
         for nbytes in arch.layer_buffers:
             self._hold(nbytes, Kind.WEIGHTS, prefix + "buffers")
         return layer
@@ -526,24 +603,31 @@ class Built:
             layer.norms[spec.name] = self._norm(spec, prefix, copies)
 
     def _head(self, spec: LinearSpec) -> Linear:
-        """The output head: never quantised, never in all-linear, maybe tied."""
+        """The output head: never quantised, never in all-linear, maybe tied.
+
+        Peft's copy of one of two tied modules is its alone: the other keeps the frozen table.
+
+        Source: peft 0.21 ``utils/other.py`` (``ModulesToSaveWrapper``; ``ensure_weight_tying`` is
+        off by default).
+        """
         rows, columns = spec.out_features, spec.in_features
         saved = self._saved_copy(spec.name)
-        if self.model.dims.tied and not saved:
-            weight = self.embedding.weight
-        else:
-            weight = (
-                self.embedding.weight
-                if self.model.dims.tied
-                else self._param(rows * columns, rows, self.plain_dtype, spec.name, 1)
+        if self.model.dims.tied and self.made_on_card:  # with a weight of its own until it is tied
+            untied = Storage(
+                self.t, round_block(rows * columns * self.plain_dtype.size), Kind.WEIGHTS, spec.name
             )
-            if saved:
-                weight = self._adapter_param(rows * columns, rows, spec.name, 1, saved=True)
+            del untied
+        if self.model.dims.tied:
+            weight = self.embedding.original
+        else:
+            weight = self._param(rows * columns, rows, self.plain_dtype, spec.name, 1)
+        if saved:
+            weight = self._adapter_param(rows * columns, rows, spec.name, 1, saved=True)
         bias = None
         if spec.bias:
-            bias = self._param(rows, 1, self.plain_dtype, spec.name, 1)
+            bias = self._param(rows, 0, self.plain_dtype, spec.name, 1)
             if saved:
-                bias = self._adapter_param(rows, 1, spec.name, 1, saved=True)
+                bias = self._adapter_param(rows, 0, spec.name, 1, saved=True)
         return Linear(spec, spec.name, weight, bias)
 
 
@@ -583,6 +667,25 @@ def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
                 + ", ".join(sorted(known | replaced))
             )
     return frozenset(job.target_modules) - replaced
+
+
+def _refuse_idle(model: Model, job: Job, targets: frozenset[str], bare: frozenset[str]) -> None:
+    """Refuse adapters that no layer of the model has a place for.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    arch = model.architecture
+    blocks = (arch.block_of(kind) for kind in set(model.dims.kinds))
+    modules = [*arch.outside, arch.head, *(module for block in blocks for module in block)]
+    for module in modules:
+        linear = isinstance(module, LinearSpec) and module.name.rsplit(".", 1)[-1] in targets
+        if linear or module.name in bare:
+            return
+    raise UsageError(
+        f"--target-modules {', '.join(job.target_modules)}: no layer of {model.name} takes an "
+        "adapter by that name (peft adapts a model's fused experts instead, where it has some)"
+    )
 
 
 def parameter_targets(arch: Architecture, job: Job) -> frozenset[str]:

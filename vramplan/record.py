@@ -62,6 +62,8 @@ class Conditions(_Part):
         evaluate: Whether it evaluated before its last step.
         eval_batch_size: Sequences per evaluation batch.
         eval_logits: Whether evaluation kept the logits, as a compute_metrics function makes it.
+        eval_accumulation_steps: Batches after which they left the card; null for never.
+        eval_samples: Sequences evaluated; null for two batches.
         save: Whether it saved a checkpoint before its last step.
         history: Whether the allocator's history was recorded.
         paging: Whether paging events were counted.
@@ -76,6 +78,8 @@ class Conditions(_Part):
     evaluate: bool = False
     eval_batch_size: int | None = None
     eval_logits: bool = False
+    eval_accumulation_steps: int | None = None
+    eval_samples: int | None = None
     save: bool = False
     history: bool = False
     paging: bool = False
@@ -223,7 +227,7 @@ class Record(_Part):
         job: Fields of ``vramplan.job.Job``, defaults resolved.
         run: How it was run.
         versions: Python, vramplan, torch and the libraries.
-        allocator_settings: PYTORCH_CUDA_ALLOC_CONF of the run, None when unset.
+        allocator_settings: PYTORCH_ALLOC_CONF in force in the run, None when unset.
         gpu: The card.
         status: How it ended.
         phase: Where it was when it ended.

@@ -43,6 +43,8 @@ class Phase(enum.StrEnum):
     LOSS = "loss"
     BACKWARD = "backward"
     STEP = "step"
+    EVALUATE = "evaluate"
+    SAVE = "save"
 
     __hash__ = object.__hash__
 

@@ -231,21 +231,21 @@ class Pace(NamedTuple):
         return self.time.step_s
 
 
-def pace(walked: Estimate, job: Job, gpu: Gpu | None) -> Pace | None:
+def pace(walked: object, job: Job, gpu: Gpu | None) -> Pace | None:
     """How fast the job runs on a card.
 
     The range is what the recorded runs were off by, each family predicted from the others; on a
     card without measurements ``EXTRAPOLATION_FACTOR`` more on either side.
 
     Args:
-        walked: The walk of the job.
+        walked: The walk of the job; a trace counts no work and tells no time.
         job: The job, as the card runs it (see ``prediction.job_for``).
         gpu: The card.
 
     Returns:
-        Its pace; None without a card, or where the card's rates are not known.
+        Its pace; None without a walk or a card, or where the card's rates are not known.
     """
-    if gpu is None:
+    if gpu is None or not isinstance(walked, Estimate):
         return None
     profile = profile_for(gpu.slug)
     rates = None if profile.borrowed else rates_of(profile)

@@ -154,6 +154,38 @@ def test_says_what_it_took_and_left(arguments: tuple[str, ...], words: str) -> N
     assert words in run.stderr if words else run.stderr == ""
 
 
+TIGHT = ("gpt-j-6b", "--gpu", "rtx-3060-12gb", "--batch-size", "4")
+EXPANDABLE = ("--alloc-conf", "expandable_segments:True")
+
+
+def test_the_allocators_settings_are_advice_and_an_answer() -> None:
+    tight = json.loads(vramplan("fit", *TIGHT, "--json").stdout)
+    (advised,) = [
+        advice
+        for advice in tight["advice"]
+        if advice["kind"] == "fix" and advice["change"] == " ".join(EXPANDABLE)
+    ]
+    fits = json.loads(vramplan("fit", *TIGHT, *EXPANDABLE, "--json").stdout)
+    assert (tight["verdicts"][0]["verdict"], fits["verdicts"][0]["verdict"]) == ("tight", "fits")
+    assert fits["prediction"]["device_peak_bytes"] == advised["device_peak_bytes"]
+    assert fits["job"]["alloc_conf"] == EXPANDABLE[1]
+    assert not [advice for advice in fits["advice"] if "expandable" in advice["change"]]
+
+
+def test_the_allocators_settings_are_no_advice_where_they_save_nothing() -> None:
+    document = json.loads(vramplan("fit", "llama-3.1-8b", "--gpu", "4090", "--json").stdout)
+    assert not [advice for advice in document["advice"] if "alloc" in advice["change"]]
+
+
+def test_wrong_allocator_settings_name_the_nearest() -> None:
+    run = vramplan("fit", *TIGHT, "--alloc-conf", "expandable_segment:True")
+    assert run.returncode == 2
+    assert run.stderr.startswith(
+        "error: unknown setting in --alloc-conf 'expandable_segment'; did you mean "
+        "expandable_segments"
+    )
+
+
 def test_options_to_copy_stay_whole() -> None:
     run = vramplan("fit", "llama-3.1-8b", "--gpu", "t4-16gb", "--batch-size", "8", COLUMNS="80")
     rows = [line.split("  ")[0] for line in run.stdout.splitlines() if line.startswith("--")]
@@ -258,3 +290,47 @@ def test_reader_that_goes_away() -> None:
         check=False,
     )
     assert done.stderr == ""
+
+
+EVALUATION = (
+    "fit", "llama-3.2-1b", "--memory", "12GiB", "--seq-len", "512", "--eval", "--eval-logits",
+    "--eval-samples", "64",
+)  # fmt: skip
+
+
+def test_an_evaluation_that_keeps_its_logits_is_what_fails() -> None:
+    done = vramplan(*EVALUATION)
+    assert done.returncode == 1
+    assert "Evaluation in batches of 8, logits of 64 samples kept on the card\n" in done.stdout
+    assert "Where the bytes go at the peak, in the evaluation\n" in done.stdout
+    assert "--eval-accumulation-steps 1" in done.stdout
+    document = json.loads(vramplan(*EVALUATION, "--json").stdout)
+    prediction = document["prediction"]
+    assert prediction["peak_phase"] == "evaluate"
+    phases = {name: peaks["peak_allocated_bytes"] for name, peaks in prediction["phases"].items()}
+    assert phases["evaluate"] == prediction["peak_allocated_bytes"]
+    assert phases["evaluate"] > 5 * phases["backward"]
+    assert document["job"]["eval_samples"] == 64
+    kept = vramplan(*EVALUATION, "--eval-accumulation-steps", "1")
+    assert kept.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--eval", "--eval-logits"), "say how many with --eval-samples"),
+        (("--eval-batch-size", "0", "--eval"), "--eval-batch-size must be a whole number"),
+        (("--eval-samples", "9"), "add --eval"),
+    ],
+)
+def test_evaluations_that_are_not_said_in_full(arguments: tuple[str, ...], words: str) -> None:
+    done = vramplan("fit", "pythia-70m", "--memory", "8GiB", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_trace_does_not_evaluate() -> None:
+    done = vramplan("trace", "pythia-70m", "--eval")
+    assert done.returncode == 2
+    assert done.stderr == "error: a trace runs training steps alone; leave out --eval\n"

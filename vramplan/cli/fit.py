@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -10,9 +11,17 @@ from rich.console import Console
 from rich.text import Text
 
 from vramplan.advice import Advice, Adviser, least_number_of_cards
-from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
+from vramplan.cli.lengths import (
+    MAX_CEILINGS,
+    Ceiling,
+    LengthsOption,
+    lengths_document,
+    longest_fitting,
+    plan,
+    print_lengths,
+)
 from vramplan.cli.pace import (
     DataSet,
     EpochsOption,
@@ -26,7 +35,7 @@ from vramplan.cli.pace import (
 from vramplan.errors import UsageError
 from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.job import Job
-from vramplan.model import Model
+from vramplan.model import Model, TracedModel
 from vramplan.prediction import (
     LIMIT_MARGIN,
     Prediction,
@@ -34,10 +43,10 @@ from vramplan.prediction import (
     job_for,
     judge,
     least_bytes,
-    predict,
     usable_bytes,
 )
 from vramplan.profile import REFERENCE_GPU, profile_for
+from vramplan.timeline import Phase
 from vramplan.timing import Pace, WholeRun, pace
 from vramplan.units import MIB, format_bytes, format_count, parse_size
 
@@ -81,18 +90,22 @@ def fit(
         typer.Option(help="A plain memory size instead, such as 12GiB.", show_default=False),
     ] = None,
     job: Job,
+    witness: o.WitnessOption = "estimate",
+    max_seq_len_of: LengthsOption = None,
     num_samples: SamplesOption = None,
     epochs: EpochsOption = None,
     price_per_hour: PriceOption = None,
+    context: typer.Context,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
     """Will the job fit? Exit code 0: yes, on a card at least; 1: on none; 2: could not answer."""
     data = data_set(num_samples, epochs, price_per_hour)
     cards = find_cards(gpu or [], memory)
-    found = find_model(model)
-    o.check_length(found, job)
-    answers = answer_all(found, job, cards, data)
+    planned = None
+    if max_seq_len_of is not None:
+        planned, job = plan(max_seq_len_of, job, context)
+    answers = answer_all(o.predictor(model, job, witness), job, cards, data)
     judged = [a for a in answers if a.verdict is not None]
     if not judged:
         note = answers[0].card.gpu.memory_note if answers[0].card.gpu else ""
@@ -100,7 +113,12 @@ def fit(
             f"the memory of {answers[0].card.name} is not known ({note}); use --memory"
         )
     best = max(judged, key=lambda a: (a.verdict is not None and a.verdict.headroom_bytes))
-    adviser = make_adviser(found, best)
+    found, adviser = best.prediction.model, make_adviser(best)
+    ceilings = []
+    if planned is not None and isinstance(found, Model) and len(judged) <= MAX_CEILINGS:
+        ceilings = [ceiling(found, a) for a in judged]
+    elif planned is not None and isinstance(found, Model):
+        print(f"note: name at most {MAX_CEILINGS} cards for the length each holds", file=sys.stderr)
     if as_json:
         from vramplan.cli.documents import (  # noqa: PLC0415
             document,
@@ -108,7 +126,7 @@ def fit(
             prediction_document,
         )
 
-        advice = advise(adviser, best)
+        advice = advise(adviser, best) if adviser else []
         verdicts = [a.verdict for a in judged if a.verdict]
         answer = document(found, best.job, best.prediction, best.pace, best.run, verdicts, advice)
         answer["answer_for"] = best.card.name  # whose job, prediction and advice these are
@@ -117,6 +135,8 @@ def fit(
             | prediction_document(a.prediction, a.pace, a.run)
             for a in judged
         }
+        if planned is not None:
+            answer["lengths"] = lengths_document(planned, ceilings, best.job)
         output.print_json(answer)
     elif len(answers) > 1:
         print_cards(found, answers)
@@ -126,6 +146,8 @@ def fit(
             from vramplan.cli.explain import print_explanation  # noqa: PLC0415
 
             print_explanation(output.console(), best.prediction)
+    if planned is not None and not as_json:
+        print_lengths(output.console(), planned, ceilings, best.prediction)
     if all(a.verdict is not None and a.verdict.verdict == "no" for a in judged):
         raise typer.Exit(1)
 
@@ -168,7 +190,10 @@ def name_card(name: str) -> Gpu:
 
 
 def answer_all(
-    model: Model, job: Job, cards: list[Card], data: DataSet | None = None
+    ask: Callable[[Job, Gpu | None], Prediction],
+    job: Job,
+    cards: list[Card],
+    data: DataSet | None = None,
 ) -> list[Answer]:
     """Judge the job on every card; cards that would run it alike share one prediction."""
     shared: dict[tuple[Job, tuple[int, int], str, bool], Prediction] = {}
@@ -181,7 +206,7 @@ def answer_all(
         profile = profile_for(card.gpu.slug if card.gpu else None)
         key = (own, generation, profile.name, profile.borrowed)
         if key not in shared:
-            shared[key] = predict(model, own, card.gpu)
+            shared[key] = ask(own, card.gpu)
         prediction = shared[key]
         verdict = None
         if card.usable_bytes is not None:
@@ -192,9 +217,19 @@ def answer_all(
     return answers
 
 
-def make_adviser(model: Model, answer: Answer) -> Adviser:
-    """An adviser for one answer."""
+def ceiling(model: Model, answer: Answer) -> Ceiling:
+    """The longest sequence with which the job fits the card of an answer."""
+    card = answer.card
+    assert card.usable_bytes is not None
+    return longest_fitting(model, answer.prediction, card.name, card.usable_bytes, card.gpu)
+
+
+def make_adviser(answer: Answer) -> Adviser | None:
+    """An adviser for one answer; variants are estimated, so a trace has none."""
+    model = answer.prediction.model
     assert answer.card.usable_bytes is not None
+    if not isinstance(model, Model):
+        return None
     return Adviser(
         model,
         answer.job,
@@ -217,7 +252,7 @@ def advise(adviser: Adviser, answer: Answer) -> list[Advice]:
 # -- for people ----------------------------------------------------------------------------------
 
 
-def headline(model: Model, answer: Answer) -> Text:
+def headline(model: Model | TracedModel, answer: Answer) -> Text:
     """The answer in one line."""
     prediction, verdict, card = answer.prediction, answer.verdict, answer.card
     assert verdict is not None
@@ -249,11 +284,48 @@ def describe(job: Job) -> str:
         f"Batch {job.batch_size} x {job.seq_len} tokens, {job.optimizer_name}"
         + (", gradient checkpointing" if job.gradient_checkpointing else ", no checkpointing")
         + (f", r={job.lora_r}" if job.method != "full" else "")
+        + describe_evaluation(job)
+        + (f", {job.alloc_conf}" if job.alloc_conf else "")
     )
 
 
+def describe_evaluation(job: Job) -> str:
+    """The evaluation, where there is one."""
+    if not job.evaluate:
+        return ""
+    kept = ""
+    if job.eval_logits:
+        every = job.eval_accumulation_steps
+        kept = f", logits of {job.eval_samples:,} samples kept"
+        kept += " on the card" if every is None else f", {every} batches of them on the card"
+    return f"\nEvaluation in batches of {job.eval_batch_size}{kept}"
+
+
+PHASE_WORDS = {
+    Phase.FORWARD: "in the forward",
+    Phase.LOSS: "in the loss",
+    Phase.BACKWARD: "in the backward",
+    Phase.STEP: "in the optimizer's step",
+    Phase.EVALUATE: "in the evaluation",
+}
+
+
+def peak_words(prediction: Prediction) -> str:
+    """When training's peak is, and whether loading needs more."""
+    words = PHASE_WORDS[prediction.peak().phase]
+    if prediction.peak_phase in (Phase.LOAD, Phase.PREPARE):
+        loading = "loading" if prediction.peak_phase == Phase.LOAD else "preparing"
+        words += (
+            f"; {loading} the model takes more: {format_bytes(prediction.before_training_bytes)}"
+        )
+    return words
+
+
 def print_answer(
-    model: Model, answer: Answer, adviser: Adviser, data: DataSet | None = None
+    model: Model | TracedModel,
+    answer: Answer,
+    adviser: Adviser | None,
+    data: DataSet | None = None,
 ) -> None:
     """The whole answer for one card."""
     out = output.console()
@@ -264,7 +336,7 @@ def print_answer(
     if verdict.verdict != "no":
         print_pace(out, answer.pace, answer.run, data)
     out.print()
-    out.print(Text("Where the bytes go at the peak", style="bold"))
+    out.print(Text(f"Where the bytes go at the peak, {peak_words(prediction)}", style="bold"))
     parts = {kind.value: size for kind, size in prediction.breakdown().items()}
     idle = prediction.peak_reserved_bytes - prediction.peak_allocated_bytes
     if idle:
@@ -275,7 +347,11 @@ def print_answer(
         parts["paged optimizer"] = managed
     output.print_parts(out, parts, verdict.usable_bytes, answer.card.name)
     out.print()
-    print_advice(out, adviser, answer)
+    if adviser:
+        print_advice(out, adviser, answer)
+    print_least_number(out, answer)
+    if adviser and (switches := adviser.switches()):
+        print_rows(out, "The price of each switch alone", switches)
     print_assumptions(out, model, answer)
 
 
@@ -294,16 +370,18 @@ def print_advice(out: Console, adviser: Adviser, answer: Answer) -> None:
         print_rows(out, title, rows)
     else:
         out.print("No single change or combination of three makes it fit this card.\n")
-    if verdict.verdict == "no":
+
+
+def print_least_number(out: Console, answer: Answer) -> None:
+    """How many such cards it would take at least, where one does not do."""
+    verdict = answer.verdict
+    if verdict is not None and verdict.verdict == "no":
         count = least_number_of_cards(answer.prediction, verdict.usable_bytes)
         if count is not None and count > 1:
             out.print(
                 f"As it is, sharded: at least {count} such cards (a lower bound: all state split "
                 "evenly, no communication buffers).\n"
             )
-    switches = adviser.switches()
-    if switches:
-        print_rows(out, "The price of each switch alone", switches)
 
 
 def print_rows(out: Console, title: str, rows: list[Advice]) -> None:
@@ -323,7 +401,7 @@ def print_rows(out: Console, title: str, rows: list[Advice]) -> None:
     out.print()
 
 
-def print_assumptions(out: Console, model: Model, answer: Answer) -> None:
+def print_assumptions(out: Console, model: Model | TracedModel, answer: Answer) -> None:
     """What the answer rests on."""
     job, prediction, card = answer.job, answer.prediction, answer.card
     lines = [
@@ -341,6 +419,11 @@ def print_assumptions(out: Console, model: Model, answer: Answer) -> None:
             "--dtype fp32 plans the classic mixed-precision recipe."
         )
     lines += model.warnings
+    if prediction.witness == "trace":
+        lines.append(
+            "Traced: transformers' own code on fake tensors. What a change would save or cost is "
+            "not worked out."
+        )
     lines.append(
         "Random full-length sequences, stock Trainer; nothing else on the card. A desktop takes "
         "some hundred MiB more."
@@ -349,7 +432,7 @@ def print_assumptions(out: Console, model: Model, answer: Answer) -> None:
         out.print(Text(line, style="dim"))
 
 
-def print_cards(model: Model, answers: list[Answer]) -> None:
+def print_cards(model: Model | TracedModel, answers: list[Answer]) -> None:
     """One row per card."""
     out = output.console()
     job = answers[0].job

@@ -93,6 +93,13 @@ def measure(
         bool,
         typer.Option("--eval-logits", help="Keep all logits in it, as compute_metrics does."),
     ] = False,
+    eval_accumulation_steps: Annotated[
+        int | None,
+        typer.Option(help="Batches after which the logits leave the card.", show_default=False),
+    ] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option(help="Sequences to evaluate [default: two batches].")
+    ] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Also save a checkpoint, before the last step.")
     ] = False,
@@ -146,6 +153,8 @@ def measure(
         evaluate=evaluate,
         eval_batch_size=eval_batch_size,
         eval_logits=eval_logits,
+        eval_accumulation_steps=eval_accumulation_steps,
+        eval_samples=eval_samples,
         save=save,
         history=history,
         paging=paging,

@@ -5,19 +5,29 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vramplan.errors import UsageError
+from vramplan.catalogue import find_model
+from vramplan.errors import UnknownNameError, UsageError
 from vramplan.job import ALL_LINEAR, Job
-from vramplan.model import Model
+from vramplan.model import Model, TracedModel
+from vramplan.prediction import Prediction, predict
+
+if TYPE_CHECKING:
+    from vramplan.gpus import Gpu
 
 MODEL_HELP = "A shipped model (see `vramplan models`), a folder, a config.json, or a hub id."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 ExplainOption = Annotated[
     bool, typer.Option("--explain", help="Every term with its formula and its source.")
+]
+WITNESSES = ("estimate", "trace")
+WitnessOption = Annotated[
+    str,
+    typer.Option(help="Who answers: estimate, or trace (transformers' own code; any family)."),
 ]
 DEFAULT_JOB = Job()
 _JOB_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
@@ -51,9 +61,28 @@ _JOB_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
     "quant_type": (str, "nf4, fp4 or int8 (qlora).", DEFAULT_JOB.quant_type),
     "double_quant": (bool, "Quantise the scales too (qlora).", DEFAULT_JOB.double_quant),
     "prepare_kbit": (bool, "prepare_model_for_kbit_training (qlora).", DEFAULT_JOB.prepare_kbit),
+    "alloc_conf": (
+        str,
+        "PYTORCH_ALLOC_CONF of the process, such as expandable_segments:True.",
+        DEFAULT_JOB.alloc_conf,
+    ),
     "num_gpus": (int, "GPUs of the run; only 1 is modelled so far.", DEFAULT_JOB.num_gpus),
 }
+_EVALUATION_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
+    "evaluate": (bool, "Evaluate between training steps.", False),
+    "eval_batch_size": (int, "Sequences per evaluation batch.", DEFAULT_JOB.eval_batch_size),
+    "eval_logits": (bool, "Keep all logits in it, as compute_metrics does.", False),
+    "eval_accumulation_steps": (
+        int,
+        "Batches after which the logits leave the card [default: never].",
+        None,
+    ),
+    "eval_samples": (int, "Sequences to evaluate; needed with --eval-logits.", None),
+}
+_FLAGS = {"evaluate": "--eval", "eval_logits": "--eval-logits"}  # without a --no
+FIXED_TABLES = ("gpt2", "gptj", "opt")  # positions are rows of a table of that length
 _NAME_LISTS = ("target_modules", "modules_to_save")
+_WHOLE = ("alloc_conf",)  # commas are part of it
 _ADAPTERS = ("lora_r", "lora_dropout", "target_modules")
 _QUANTISATION = ("quant_type", "double_quant", "prepare_kbit")
 
@@ -89,7 +118,7 @@ def _with_options(
         parameters += _job_parameters(sweep) if parameter.name == name else [parameter]
 
     def wrapper(**values: Any) -> None:
-        own = {field: values.pop(field) for field in _JOB_OPTIONS}
+        own = {field: values.pop(field) for field in _options(sweep)}
         command(**values, **{name: collect(own)})
 
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
@@ -100,15 +129,21 @@ def _with_options(
     return wrapper
 
 
+def _options(sweep: bool) -> dict[str, tuple[Any, str | None, Any]]:
+    """The job options; a sweep measures and has its own words for what it does beside training."""
+    return _JOB_OPTIONS if sweep else _JOB_OPTIONS | _EVALUATION_OPTIONS
+
+
 def _job_parameters(sweep: bool) -> list[inspect.Parameter]:
     """Typer's parameters for the job options."""
     found = []
-    for name, (kind, text, default) in _JOB_OPTIONS.items():
+    for name, (kind, text, default) in _options(sweep).items():
         value, typed = default, kind
         if sweep and kind is not bool:
             typed = str
             value = None if default is None else str(default)
-        option = typer.Option(help=text, show_default=value not in (None, ""))
+        names = (_FLAGS[name],) if name in _FLAGS else ()
+        option = typer.Option(*names, help=text, show_default=value not in (None, ""))
         found.append(
             inspect.Parameter(
                 name,
@@ -118,6 +153,28 @@ def _job_parameters(sweep: bool) -> list[inspect.Parameter]:
             )
         )
     return found
+
+
+def predictor(model: str, job: Job, witness: str) -> Callable[[Job, Gpu | None], Prediction]:
+    """What answers for a model: the estimate, or a trace of it.
+
+    Args:
+        model: The model, as the user named it.
+        job: The job, whose length is checked against the model.
+        witness: One of ``WITNESSES``.
+
+    Raises:
+        UsageError: If there is no such model or witness, or the estimate has no block program.
+    """
+    if witness not in WITNESSES:
+        raise UnknownNameError("value for --witness", witness, WITNESSES)
+    if witness == "trace":
+        from vramplan.cli.witness import tracer  # noqa: PLC0415 - only where it is asked for
+
+        return tracer(model)
+    found = find_model(model)
+    check_length(found, job)
+    return lambda asked, gpu: predict(found, asked, gpu)
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -132,6 +189,11 @@ def make_job(values: dict[str, Any]) -> Job:
         UsageError: If a value is out of range or unknown.
     """
     targets = values["target_modules"]
+    if values["eval_logits"] and values["eval_samples"] is None:
+        raise UsageError(
+            "--eval-logits keeps the logits of every sample on the card: say how many with "
+            "--eval-samples"
+        )
     job = Job(
         **{
             **values,
@@ -168,7 +230,7 @@ def parse_sweep(values: dict[str, Any]) -> dict[str, Any]:
         kind = _JOB_OPTIONS[name][0]
         if name in _NAME_LISTS:
             swept[name] = ALL_LINEAR if value == ALL_LINEAR else names(value)
-        elif value is None or kind is bool:
+        elif value is None or kind is bool or name in _WHOLE:
             swept[name] = value
         else:
             items = [_number(name, part, kind) for part in names(value)]
@@ -189,16 +251,16 @@ def _number(name: str, text: str, kind: type) -> Any:
         raise UsageError(f"{option} must be numbers separated by commas, not {text!r}") from None
 
 
-def check_length(model: Model, job: Job) -> None:
+def check_length(model: Model | TracedModel, job: Job) -> None:
     """Warn when a sequence outgrows the model's positions; refuse where its table ends.
 
     Raises:
         UsageError: For families whose position table is fixed.
     """
-    top = model.dims.max_positions
-    if job.seq_len <= top:
+    top = model.dimensions["max_position_embeddings"]
+    if top is None or job.seq_len <= top:
         return
-    if model.family == "gptj":
+    if model.family in FIXED_TABLES:
         raise UsageError(
             f"--seq-len {job.seq_len}: {model.name} has a table of {top} positions and cannot go "
             "beyond it"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from vramplan.evaluate import num_samples
 from vramplan.job import Job
 from vramplan.measure.build import RandomTokens, build_model, load_checkpoint, prepare
 from vramplan.measure.history import HistoryTap
@@ -25,7 +26,6 @@ from vramplan.measure.spec import RunSpec
 from vramplan.measure.watch import Gauge, PhaseBook, StepWatch
 from vramplan.optimizers import PAGED_MIN_NUMEL
 
-EVAL_BATCHES = 2
 _CPU_REQUEST = re.compile(r"you tried to allocate (\d+) bytes")
 
 
@@ -67,7 +67,7 @@ class Run:
             guard_managed_memory()
         paging = self._start_paging()
         if self.spec.history:
-            self.history = HistoryTap(self.gauge, self.book)
+            self.history = HistoryTap(self.gauge, self.book, self.spec.job.allocator_settings)
         model = self._load()
         model = self._prepare(model)
         trainer = self._trainer(model)
@@ -173,7 +173,7 @@ class Run:
                 job.seq_len,
                 vocab_size,
             ),
-            eval_dataset=RandomTokens(EVAL_BATCHES * spec.eval_batch_size, job.seq_len, vocab_size)
+            eval_dataset=RandomTokens(num_samples(job.evaluated(spec)), job.seq_len, vocab_size)
             if spec.evaluate
             else None,
             data_collator=default_data_collator,
@@ -310,6 +310,7 @@ def arguments(spec: RunSpec, folder: str, *, cuda: bool) -> TrainingArguments:
         output_dir=folder,
         per_device_train_batch_size=job.batch_size,
         per_device_eval_batch_size=spec.eval_batch_size,
+        eval_accumulation_steps=spec.eval_accumulation_steps,
         gradient_accumulation_steps=job.gradient_accumulation_steps,
         gradient_checkpointing=job.gradient_checkpointing,
         gradient_checkpointing_kwargs=(

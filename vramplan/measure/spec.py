@@ -13,7 +13,7 @@ from typing import Any
 from vramplan.catalogue import find_model
 from vramplan.errors import UsageError
 from vramplan.gpus import find_gpu
-from vramplan.job import Job
+from vramplan.job import EVALUATION, Job
 from vramplan.record import SCHEMA_VERSION, Record
 from vramplan.units import MIB, parse_size
 
@@ -41,6 +41,8 @@ class RunSpec:
         evaluate: Evaluate before the last step.
         eval_batch_size: Sequences per evaluation batch.
         eval_logits: Keep the logits in evaluation, as a compute_metrics function makes Trainer do.
+        eval_accumulation_steps: Batches after which they leave the card; None for never.
+        eval_samples: Sequences to evaluate; None for two batches.
         save: Save a checkpoint before the last step.
         history: Record the allocator's history.
         paging: Count paging events.
@@ -59,6 +61,8 @@ class RunSpec:
     evaluate: bool = False
     eval_batch_size: int = EVAL_BATCH_SIZE
     eval_logits: bool = False
+    eval_accumulation_steps: int | None = None
+    eval_samples: int | None = None
     save: bool = False
     history: bool = False
     paging: bool = False
@@ -76,6 +80,7 @@ class RunSpec:
             raise UsageError(f"--timeout must be above 0 seconds, not {self.timeout_s}")
         if self.eval_logits and not self.evaluate:
             raise UsageError("--eval-logits is about the evaluation: add --eval")
+        self.job.evaluated(self)  # says what is wrong with the rest
         if any(c in self.name for c in "/\\\0") or self.name.startswith("."):
             raise UsageError(f"{self.name!r} cannot be the name of a run: no slash, no dot first")
         if self.limit_bytes is not None and self.limit_bytes < MIB:
@@ -103,6 +108,8 @@ class RunSpec:
             "evaluate": self.evaluate,
             "eval_batch_size": self.eval_batch_size if self.evaluate else None,
             "eval_logits": self.eval_logits,
+            "eval_accumulation_steps": self.eval_accumulation_steps if self.evaluate else None,
+            "eval_samples": self.eval_samples if self.evaluate else None,
             "save": self.save,
             "history": self.history,
             "paging": self.paging,
@@ -123,8 +130,9 @@ class RunSpec:
         }
 
     def job_document(self) -> dict[str, Any]:
-        """The job with its optimizer named."""
-        return asdict(self.job) | {"optim": self.job.optimizer_name}
+        """The job with its optimizer named; what is evaluated is a condition of the run."""
+        own = asdict(self.job) | {"optim": self.job.optimizer_name}
+        return {name: value for name, value in own.items() if name not in EVALUATION}
 
     def is_run_of(self, record: Record) -> bool:
         """Whether a record is of this very run, whatever it was called."""
@@ -132,7 +140,8 @@ class RunSpec:
         theirs = {name: getattr(record.run, name) for name in own}
         own.pop("timeout_s"), theirs.pop("timeout_s")
         job = {k: list(v) if isinstance(v, tuple) else v for k, v in self.job_document().items()}
-        return own == theirs and job == record.job and dict(self.config) == record.config
+        recorded = {"alloc_conf": ""} | record.job  # records made before there was the option
+        return own == theirs and job == recorded and dict(self.config) == record.config
 
 
 def run_name(model: str, job: Job, **extra: Any) -> str:
@@ -167,6 +176,7 @@ _SHORT = {
     "optim": "",
     "attn_implementation": "",
     "quant_type": "",
+    "alloc_conf": "",
     "emulated_gpu": "as-",
 }
 
@@ -239,6 +249,8 @@ _RUN_KEYS: dict[str, tuple[type, str]] = {
     "evaluate": (bool, "true or false"),
     "eval_batch_size": (int, "a whole number"),
     "eval_logits": (bool, "true or false"),
+    "eval_accumulation_steps": (int, "a whole number"),
+    "eval_samples": (int, "a whole number"),
     "save": (bool, "true or false"),
     "history": (bool, "true or false"),
     "paging": (bool, "true or false"),
@@ -267,8 +279,9 @@ def read_matrix(path: Path, shared: RunSpec) -> list[MatrixRow]:
     """The runs that a TOML file asks for.
 
     Each ``[[run]]`` table has ``model`` and any field of Job (a list is swept over), and optionally
-    name, steps, limit ("12GiB"), as_gpu, evaluate, eval_batch_size, eval_logits, save, history,
-    paging, find_limit, repeat, and skip (false: also run what the estimate calls hopeless).
+    name, steps, limit ("12GiB"), as_gpu, evaluate, eval_batch_size, eval_logits,
+    eval_accumulation_steps, eval_samples, save, history, paging, find_limit, repeat, and skip
+    (false: also run what the estimate calls hopeless).
 
     Args:
         path: The file.
@@ -317,8 +330,7 @@ def _row(table: Any, shared: RunSpec, where: str) -> MatrixRow:
             emulated_gpu=find_gpu(own["as_gpu"]).slug if "as_gpu" in own else shared.emulated_gpu,
             **{
                 key: own.get(key, getattr(shared, key))
-                for key in ("evaluate", "eval_batch_size", "eval_logits", "save", "history",
-                            "paging")
+                for key in (*EVALUATION, "save", "history", "paging")
             },
         )  # fmt: skip
         specs = repeated(make_specs(model, values, base), own.get("repeat", 1))

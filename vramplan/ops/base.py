@@ -40,8 +40,8 @@ def _to_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 def autocast_weight(t: Tape, weight: Tensor) -> Tensor:
     """The weight as autocast hands it to a matrix product.
 
-    Trainable fp32 leaves are cast once per context and cached; frozen and computed ones are cast
-    anew each time.
+    Trainable fp32 leaves are cast once per context and cached, under no_grad too; frozen and
+    computed ones are cast anew each time.
     """
     low = t.autocast
     if low is None or weight.dtype is low:
@@ -52,7 +52,7 @@ def autocast_weight(t: Tape, weight: Tensor) -> Tensor:
     if cached is not None:
         return cached
     cast = to(t, weight, low)
-    if weight.node is not None and weight.dtype is FP32:
+    if weight.trainable and weight.dtype is FP32:
         t.cache_cast(weight, cast)
     return cast
 
