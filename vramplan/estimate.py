@@ -25,6 +25,7 @@ from vramplan.model import LinearSpec, Model
 from vramplan.tape import Param, Storage, Tape, Tensor
 from vramplan.timeline import CLIP, Kind, Peak, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
+from vramplan.work import Work, total_flops
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8
@@ -45,9 +46,11 @@ class Estimate:
         static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
         optimizer_bytes: Optimizer state on the device.
         paged_bytes: Optimizer state in managed memory.
-        flops: Floating point operations of one optimizer step.
-        moved_bytes: Bytes read and written by one optimizer step's forward and backward.
+        work: One micro-batch's forward and backward, as asked of the host and the card.
+        num_micro_steps: Micro-batches of one optimizer step.
         num_trainable: Trainable parameters.
+        num_trainable_tensors: The tensors they are in.
+        trainable_bytes: Their size.
         tape: The tape it was walked on; its timeline holds every allocation.
     """
 
@@ -58,15 +61,22 @@ class Estimate:
     static_bytes: int
     optimizer_bytes: int
     paged_bytes: int
-    flops: int
-    moved_bytes: int
+    work: tuple[Work, ...]
+    num_micro_steps: int
     num_trainable: int
+    num_trainable_tensors: int
+    trainable_bytes: int
     tape: Tape
 
     @property
     def timeline(self) -> Timeline:
         """Every allocation of the run."""
         return self.tape.timeline()
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of one optimizer step."""
+        return self.num_micro_steps * total_flops(self.work)
 
     def peak(self) -> Peak:
         """The fullest moment of the step."""
@@ -193,19 +203,19 @@ class Step:
         batches = self._batches()
         for _ in range(min(self.job.gradient_accumulation_steps, 2)):
             self._micro_step()
+        work = tuple(t.work)
         del batches
         walk_peak = t.peak_bytes
         t.peak_bytes = 0
         self._optimizer_step()
         step_peak = t.peak_bytes
-        steps = self.job.gradient_accumulation_steps
-        work = t.flops, t.moved_bytes
         t.peak_bytes = 0
         if self.job.evaluate:
             EvaluationLoop(t, self.family, self.built, self.job, self.env).run()
         evaluate_peak = t.peak_bytes
         t.peak_bytes = max(before, walk_peak, step_peak, evaluate_peak)
         t.finish()
+        trainable = self.built.trainable
         return Estimate(
             ready_bytes=ready,
             peak_allocated_bytes=max(walk_peak, step_peak, evaluate_peak),
@@ -214,9 +224,11 @@ class Step:
             static_bytes=static,
             optimizer_bytes=optimizer_bytes,
             paged_bytes=paged,
-            flops=work[0] * steps // min(steps, 2),
-            moved_bytes=work[1] * steps // min(steps, 2),
+            work=work,
+            num_micro_steps=self.job.gradient_accumulation_steps,
             num_trainable=self.built.num_trainable,
+            num_trainable_tensors=sum(p.copies for p in trainable),
+            trainable_bytes=sum(p.copies * p.numel * p.dtype.size for p in trainable),
             tape=t,
         )
 
@@ -274,6 +286,8 @@ class Step:
     def _micro_step(self) -> None:
         t, forward = self.tape, self.forward
         t.phase = Phase.FORWARD
+        t.close_work(1)
+        t.work = []
         t.kind = Kind.ACTIVATIONS
         loss = forward.run()[0]
         t.phase = Phase.BACKWARD
@@ -285,6 +299,7 @@ class Step:
         if forward.leaf is not None:
             forward.leaf.release()
             forward.leaf = None
+        t.close_work(1)
 
     def _backward(self, loss: Tensor) -> None:
         """Layer by layer, so that folded layers are folded here too."""

@@ -33,6 +33,8 @@ class Optimizer:
         foreach_temporaries: Full-size temporaries (parameter dtype) of a multi-tensor step, held
             for all parameters at once.
         factored: Adafactor: row and column statistics instead of full-size state.
+        num_launches: Operations that a step launches for each parameter, where it goes parameter
+            by parameter; multi-tensor steps launch a handful for all together.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Optimizer:
     step_on_device: bool = False
     foreach_temporaries: int = 0
     factored: bool = False
+    num_launches: int = 0
 
     def state_parts(
         self, numel: int, rows: int, dtype: Dtype, *, embedding: bool = False, matrices: int = 1
@@ -87,7 +90,8 @@ class Optimizer:
 
 
 def _bnb(name: str, states: int, bits: int, *, paged: bool = False) -> Optimizer:
-    return Optimizer(name, states, bits, "bitsandbytes", paged)
+    # Python's loop, the custom operation and, for paged state, the prefetch: as long as 5 launches
+    return Optimizer(name, states, bits, "bitsandbytes", paged, num_launches=5)
 
 
 OPTIMIZERS = {
@@ -100,7 +104,7 @@ OPTIMIZERS = {
         Optimizer("adagrad", 1, foreach_temporaries=2),
         Optimizer("rmsprop", 1, foreach_temporaries=1),
         # its step, parameter by parameter, is walked by the estimate
-        Optimizer("adafactor", 0, library="transformers", factored=True),
+        Optimizer("adafactor", 0, library="transformers", factored=True, num_launches=28),
         _bnb("adamw_8bit", 2, 8),
         _bnb("adamw_bnb_8bit", 2, 8),
         _bnb("paged_adamw_8bit", 2, 8, paged=True),

@@ -75,7 +75,12 @@ def accuracy(
             raise RecordError(f"{path} exists; replace it with --force")
     folder = folder or profiles_dir() / "calibrations" / REFERENCE_GPU
     if predict is not None:
-        text = json.dumps(foretold.document(unmeasured(folder, predict)), indent=1) + "\n"
+        text = (
+            json.dumps(
+                foretold.document(unmeasured(folder, predict), find_gpu(folder.name)), indent=1
+            )
+            + "\n"
+        )
         if not output:
             print(text, end="")
         for path in output or []:
