@@ -67,7 +67,7 @@ def test_every_family_is_foretold_by_the_others(fitted: TimeFit) -> None:
     """The host's pace differs between runs of one job (see below), which bounds the worst."""
     errors = sorted(abs(ratio - 1) for ratio in fitted.ratios.values())
     assert len(errors) >= 80 and len(fitted.without) >= 20
-    assert statistics.median(errors) <= 0.10
+    assert statistics.median(errors) <= 0.11
     assert errors[int(0.9 * len(errors))] <= 0.30
     assert sum(error > 0.35 for error in errors) <= 3
     assert errors[-1] <= 0.50
