@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UnknownNameError
-from vramplan.foretold import Foretold, Round, rounds
+from vramplan.foretold import TRACES, Foretold, Round, read, rounds
 from vramplan.gpus import Gpu, find_gpu
 from vramplan.job import recorded_job
 from vramplan.prediction import Prediction, judge, predict
@@ -218,6 +218,23 @@ def beforehand(found: Sequence[Row], written: Round) -> Table:
         summary(then).rows + ((("step time", *spread(times_then)),) if times_then else ()),
         "The predictions were committed before the runs were made. These are the errors of the "
         "predictions as they stood; what they taught is in all other tables.",
+    )
+
+
+def traces(found: Sequence[Row], written: Round) -> Table:
+    """The errors of the second witness, as it was last asked."""
+    then = [
+        Row(row.record, row.prediction, figures(row.record, written.predictions[row.record.name]))
+        for row in found
+        if row.record.name in written.predictions
+    ]
+    return Table(
+        "The trace, the second witness",
+        ("figure", *SPREAD),
+        summary(then).rows,
+        "transformers, peft, bitsandbytes and torch run on fake tensors, then the allocator's "
+        f"replay (vramplan accuracy --traces, {written.created[:10]}). It loads weights as "
+        "from_pretrained does; the runs made theirs on the card.",
     )
 
 
@@ -494,6 +511,7 @@ def accuracy_page(folder: Path) -> Page:
         (
             summary(found),
             *(beforehand(found, written) for written in rounds(folder)),
+            *([traces(found, read(folder / TRACES))] if (folder / TRACES).exists() else []),
             *(
                 make(found)
                 for make in (

@@ -21,6 +21,7 @@ from vramplan.timing import pace
 
 SCHEMA_VERSION = 1
 FILES = "predictions*.json"
+TRACES = "traces.json"  # what the trace says of recorded jobs, in the same form
 
 
 @dataclass(frozen=True, slots=True)
