@@ -45,7 +45,8 @@ def test_evaluation_as_recorded(name: str) -> None:
     record = read_record(RUNS / f"{name}.json")
     found = {f.name: f.error for f in figures(record, predicted(record))}
     assert found["evaluate"] == pytest.approx(0, abs=0.0001)
-    assert found["reserved by evaluating"] == pytest.approx(0, abs=0.002)
+    if not record.num_alloc_retries:  # else the card was too small to be unhurried
+        assert found["reserved by evaluating"] == pytest.approx(0, abs=0.002)
 
 
 # model, job, then measured while evaluating behind the third step: allocated, reserved. On an H100
