@@ -24,6 +24,7 @@ from vramplan.cli.pace import (
     print_pace,
     run_of,
 )
+from vramplan.cli.predictor import predictor
 from vramplan.errors import UsageError
 from vramplan.job import Job
 from vramplan.model import Model
@@ -57,7 +58,7 @@ def estimate(
     planned = None
     if max_seq_len_of is not None:
         planned, job = plan(max_seq_len_of, job, context)
-    ask = o.predictor(model, job, witness)
+    ask = predictor(model, job, witness)
     card = None
     if gpu is not None:
         from vramplan.gpus import find_gpu  # noqa: PLC0415 - the catalogue takes a while to read

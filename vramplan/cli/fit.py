@@ -32,6 +32,7 @@ from vramplan.cli.pace import (
     run_of,
     tokens_text,
 )
+from vramplan.cli.predictor import predictor
 from vramplan.errors import UsageError
 from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.job import Job
@@ -105,7 +106,7 @@ def fit(
     planned = None
     if max_seq_len_of is not None:
         planned, job = plan(max_seq_len_of, job, context)
-    answers = answer_all(o.predictor(model, job, witness), job, cards, data)
+    answers = answer_all(predictor(model, job, witness), job, cards, data)
     judged = [a for a in answers if a.verdict is not None]
     if not judged:
         note = answers[0].card.gpu.memory_note if answers[0].card.gpu else ""

@@ -5,18 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from vramplan.catalogue import find_model
-from vramplan.errors import UnknownNameError, UsageError
+from vramplan.errors import UsageError
 from vramplan.job import ALL_LINEAR, Job
 from vramplan.model import Model, TracedModel
-from vramplan.prediction import Prediction, predict
-
-if TYPE_CHECKING:
-    from vramplan.gpus import Gpu
 
 MODEL_HELP = "A shipped model (see `vramplan models`), a folder, a config.json, or a hub id."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
@@ -153,28 +148,6 @@ def _job_parameters(sweep: bool) -> list[inspect.Parameter]:
             )
         )
     return found
-
-
-def predictor(model: str, job: Job, witness: str) -> Callable[[Job, Gpu | None], Prediction]:
-    """What answers for a model: the estimate, or a trace of it.
-
-    Args:
-        model: The model, as the user named it.
-        job: The job, whose length is checked against the model.
-        witness: One of ``WITNESSES``.
-
-    Raises:
-        UsageError: If there is no such model or witness, or the estimate has no block program.
-    """
-    if witness not in WITNESSES:
-        raise UnknownNameError("value for --witness", witness, WITNESSES)
-    if witness == "trace":
-        from vramplan.cli.witness import tracer  # noqa: PLC0415 - only where it is asked for
-
-        return tracer(model)
-    found = find_model(model)
-    check_length(found, job)
-    return lambda asked, gpu: predict(found, asked, gpu)
 
 
 def names(text: str) -> tuple[str, ...]:
