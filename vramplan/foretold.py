@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.errors import RecordError
+from vramplan.files import provenance
 from vramplan.prediction import Prediction
-from vramplan.record import MAX_RECORD_BYTES, provenance
+from vramplan.record import MAX_RECORD_BYTES
 
 SCHEMA_VERSION = 1
 FILE_NAME = "predictions.json"

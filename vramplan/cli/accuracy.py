@@ -15,13 +15,13 @@ from vramplan.accuracy import accuracy_page
 from vramplan.catalogue import model_from_config
 from vramplan.cli import app
 from vramplan.errors import RecordError, UsageError
+from vramplan.files import write_text
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
 from vramplan.measure.spec import RunSpec, read_matrix
 from vramplan.prediction import Prediction
 from vramplan.prediction import predict as predict_job
 from vramplan.profile import REFERENCE_GPU
-from vramplan.record import write_text
 from vramplan.report.page import Page, to_csv, to_html, to_markdown
 from vramplan.resources import profiles_dir
 

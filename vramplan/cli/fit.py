@@ -23,20 +23,19 @@ from vramplan.cli.lengths import (
     print_lengths,
 )
 from vramplan.errors import UsageError
-from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.job import Job
 from vramplan.model import Model
 from vramplan.prediction import (
     LIMIT_MARGIN,
     Prediction,
     Verdict,
+    alike,
     job_for,
     judge,
     least_bytes,
     predict,
     usable_bytes,
 )
-from vramplan.profile import profile_for
 from vramplan.timeline import Phase
 from vramplan.units import MIB, format_bytes, format_count, parse_size
 
@@ -175,15 +174,11 @@ def name_card(name: str) -> Gpu:
 
 def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
     """Judge the job on every card; cards that would run it alike share one prediction."""
-    shared: dict[tuple[Job, tuple[int, int], str, bool], Prediction] = {}
+    shared: dict[object, Prediction] = {}
     answers = []
     for card in cards:
         own = job_for(job, card.gpu)
-        capability = card.gpu.compute_capability if card.gpu else DEFAULT_CAPABILITY
-        # only the kernels change with the generation; constants are the card's own or borrowed
-        generation = (min(max(capability[0], 7), 10), 0)
-        profile = profile_for(card.gpu.slug if card.gpu else None)
-        key = (own, generation, profile.name, profile.borrowed)
+        key = (own, alike(card.gpu))
         if key not in shared:
             shared[key] = predict(model, own, card.gpu)
         prediction = shared[key]

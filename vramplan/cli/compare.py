@@ -1,0 +1,234 @@
+"""``vramplan compare``: cards, models and methods side by side, and measured runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vramplan import __version__
+from vramplan.catalogue import find_model
+from vramplan.cli import app, output
+from vramplan.cli import options as o
+from vramplan.comparison import Comparison, Entry, Run, compare
+from vramplan.errors import EnvironmentProblem, RecordError, UsageError
+from vramplan.files import provenance, write_text
+from vramplan.gpus import find_gpu, load_gpus
+from vramplan.job import Job, expand
+from vramplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from vramplan.record import Record
+
+FORMS = (".html", ".md", ".csv", ".json")
+
+
+@app.command("compare")
+@o.with_sweep
+def compare_command(
+    records: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RECORDS]", help="Records of vramplan measure, or folders.", show_default=False
+        ),
+    ] = None,
+    *,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"{o.MODEL_HELP} Repeatable.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help="A card (see `vramplan gpus`), repeatable, or all.", show_default=False),
+    ] = None,
+    sweep: dict[str, Any],
+    price: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CARD=PRICE", help="What an hour of a card costs, repeatable."),
+    ] = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", "-o", help=f"Where to write it ({', '.join(FORMS)}), repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+) -> None:  # fmt: skip
+    """Cards, models and methods side by side; with records, measured beside predicted."""
+    paths = out or []
+    check_outputs(paths, force=force)
+    names = list(load_gpus()) if "all" in (gpu or []) else gpu or []
+    jobs = [Job.from_dict(values) for values in expand(sweep)]
+    kept = read_records(records or [])
+    models = [find_model(name) for name in model or []]
+    for found in models:
+        for job in jobs:
+            o.check_length(found, job)
+    number = len(kept) + len(models) * len(jobs)
+    with output.progress(number) as begin:
+        comparison = compare(
+            models, names, jobs, records=kept, prices=prices(price or []), told=begin
+        )
+    if not paths:
+        print_comparison(comparison)
+    for path in paths:
+        write_text(path, form(comparison, path.suffix))
+        print(f"written: {path}", file=sys.stderr)
+
+
+def check_outputs(paths: list[Path], *, force: bool) -> None:
+    """Find out before anything is worked out what could not be written.
+
+    Raises:
+        UsageError: If a name says no form.
+        RecordError: If a file exists.
+        EnvironmentProblem: If what draws pages is not installed.
+    """
+    for path in paths:
+        if path.suffix not in FORMS:
+            raise UsageError(f"{path}: the name must end in {', '.join(FORMS)}")
+        if path.is_dir():
+            raise EnvironmentProblem(f"cannot write {path}: it is a folder")
+        if path.exists() and not force:
+            raise RecordError(f"{path} exists; replace it with --force")
+        if path.suffix == ".html":
+            needs("an HTML page", "jinja2", "matplotlib")
+
+
+def needs(what: str, *packages: str) -> None:
+    """Say what is not installed before it is needed.
+
+    Raises:
+        EnvironmentProblem: If a package is missing.
+    """
+    import importlib.util  # noqa: PLC0415
+
+    from vramplan.report import missing  # noqa: PLC0415
+
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise missing(what, package)
+
+
+def read_records(paths: list[Path]) -> list[Record]:
+    """The records of files and folders, in the order given.
+
+    Raises:
+        UsageError: If a folder has none.
+        RecordError: If one cannot be read, or is of a newer version.
+    """
+    if not paths:
+        return []
+    needs("reading records", "pydantic")
+    from vramplan.record import read_record  # noqa: PLC0415 - needs pydantic
+
+    found = []
+    for path in paths:
+        own = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not own:
+            raise UsageError(f"{path} holds no records (*.json)")
+        found += own
+    return [read_record(path) for path in dict.fromkeys(found)]
+
+
+def prices(texts: list[str]) -> dict[str, float]:
+    """Price of an hour by card.
+
+    Raises:
+        UsageError: If a text is not ``CARD=PRICE``.
+    """
+    found = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            found[find_gpu(name).slug] = float(number)
+        except ValueError:
+            raise UsageError(f"--price {text}: write CARD=PRICE, such as t4-16gb=0.35") from None
+    return found
+
+
+def origin() -> dict[str, Any]:
+    """Command, date, commit and version, for whoever wants to make it again."""
+    return provenance() | {"vramplan": __version__}
+
+
+def form(comparison: Comparison, suffix: str) -> str:
+    """The comparison in the form of a file name."""
+    from vramplan.report.page import to_csv, to_html, to_markdown  # noqa: PLC0415
+    from vramplan.report.rows import csv_table, json_document  # noqa: PLC0415
+
+    if suffix == ".json":
+        return json.dumps(json_document(comparison, origin()), indent=1) + "\n"
+    if suffix == ".csv":
+        return to_csv(csv_table(comparison))
+    from vramplan.report.comparison import comparison_page  # noqa: PLC0415
+
+    page = comparison_page(comparison, origin(), draw=suffix == ".html")
+    return to_html(page) if suffix == ".html" else to_markdown(page)
+
+
+# -- for people ----------------------------------------------------------------------------------
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """A table of jobs on cards, and one of runs."""
+    if comparison.entries:
+        print_entries(comparison.entries)
+    if comparison.runs:
+        print_runs(comparison.runs)
+
+
+def print_entries(entries: tuple[Entry, ...]) -> None:
+    """One row per job and card; a job is named once."""
+    out = output.console()
+    table = output.plain_table(
+        ("model", "left"), ("method", "left"), ("tokens", "right"), ("card", "left"),
+        ("takes", "right"), ("usable", "right"), ("verdict", "left"), ("to spare", "right"),
+        ("batch", "right"), ("sequence", "right"),
+    )  # fmt: skip
+    before = None
+    for entry in entries:
+        job = entry.job
+        name = (entry.model.name, job.method, f"{job.batch_size} x {job.seq_len}")
+        largest = (entry.largest_batch_size, entry.largest_seq_len)
+        table.add_row(
+            *(name if name != before else ("", "", "")),
+            entry.gpu.slug,
+            format_bytes(entry.device_peak_bytes),
+            format_bytes(entry.usable_bytes),
+            output.verdict_text(entry.verdict),
+            "" if entry.headroom_bytes is None else format_bytes(entry.headroom_bytes),
+            *("-" if number is None else f"{number:,}" for number in largest),
+        )
+        before = name
+    out.print(table)
+    out.print("batch, sequence: the largest that fits, the rest unchanged", style="dim")
+    out.print("-o report.html makes a page of it", style="dim")
+    out.print()
+
+
+def print_runs(runs: tuple[Run, ...]) -> None:
+    """One row per record."""
+    out = output.console()
+    table = output.plain_table(
+        ("run", "left"), ("card", "left"), ("ended", "left"), ("allocated", "right"),
+        ("predicted", "right"), ("off by", "right"), ("torch", "left"), ("commit", "left"),
+    )  # fmt: skip
+    for run in runs:
+        figure = next((f for f in run.figures if f.name == "peak allocated"), None)
+        measured = run.record.peak_allocated_bytes
+        error = figure.error if figure else None
+        table.add_row(
+            run.record.name,
+            run.card,
+            run.ending,
+            "" if measured is None else format_bytes(measured),
+            format_bytes(figure.predicted) if figure else run.why_not,
+            "" if error is None else f"{error:+.2%}",
+            run.record.versions.get("torch") or "",
+            (run.record.commit or "")[:9],
+        )
+    out.print(table)

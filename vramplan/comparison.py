@@ -1,0 +1,413 @@
+"""Many jobs on many cards, and measured runs beside their predictions: numbers, no I/O.
+
+An ``Entry`` is one job on one card, predicted. A ``Run`` is one record beside what is predicted of
+it. A ``Comparison`` is both, and gives them as one list of flat rows, which the table, the page,
+the CSV, the JSON and the DataFrame all show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vramplan.advice import MAX_BATCH, SEQ_STEP, search_largest
+from vramplan.catalogue import find_model, model_from_config
+from vramplan.errors import UsageError, VramplanError
+from vramplan.gpus import Gpu, find_gpu
+from vramplan.job import Job
+from vramplan.model import Model
+from vramplan.prediction import (
+    Prediction,
+    alike,
+    job_for,
+    judge,
+    predict,
+    usable_bytes,
+)
+
+if TYPE_CHECKING:
+    import pandas
+
+    from vramplan.accuracy import Figure
+    from vramplan.record import Record
+
+UNKNOWN = "unknown"
+CACHED, CONTEXT, PAGED = "cached", "context", "paged_optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One job on one card, predicted.
+
+    Attributes:
+        model: The model.
+        job: The job as this card runs it (fp16 without bf16 units).
+        gpu: The card.
+        usable_bytes: What a process can have of it; None where its memory is not known.
+        verdict: ``fits``, ``tight``, ``no`` or ``unknown``.
+        headroom_bytes: As in ``prediction.Verdict``; None where the verdict is unknown.
+        bytes_by_name: ``ready``, ``peak_allocated``, ``peak_reserved``, ``min_limit``,
+            ``device_peak``, ``paged``, ``host_ram`` and ``disk``.
+        parts: Bytes by kind, cache, context and paged state included; they sum to the device peak.
+        peak_phase: The phase that needs most.
+        largest_batch_size: Largest batch that fits, the rest unchanged; None if not even one does.
+        largest_seq_len: Longest sequence that fits, the rest unchanged, in tokens; None as above.
+        calibration: Whose measured constants it rests on.
+        borrowed: Whether these are another card's.
+        step_time_s: Time of one optimizer step; None where it is not predicted.
+        tokens_per_s: Tokens trained per second; None as above.
+        price_per_hour: What an hour of the card costs, as the user said.
+    """
+
+    model: Model
+    job: Job
+    gpu: Gpu
+    usable_bytes: int | None
+    verdict: str
+    headroom_bytes: int | None
+    bytes_by_name: Mapping[str, int]
+    parts: Mapping[str, int]
+    peak_phase: str
+    largest_batch_size: int | None
+    largest_seq_len: int | None
+    calibration: str
+    borrowed: bool
+    step_time_s: float | None = None
+    tokens_per_s: float | None = None
+    price_per_hour: float | None = None
+
+    @property
+    def device_peak_bytes(self) -> int:
+        """What the process would hold on a roomy card."""
+        return self.bytes_by_name["device_peak"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One record beside its prediction.
+
+    Attributes:
+        record: The run.
+        figures: What is both measured and predicted; empty where nothing is predicted.
+        why_not: Why nothing is predicted.
+    """
+
+    record: Record
+    figures: tuple[Figure, ...]
+    why_not: str = ""
+
+    @property
+    def card(self) -> str:
+        """The card it ran on, and the one this stood for."""
+        gpu = self.record.gpu
+        name = gpu.slug or gpu.name or "no GPU"
+        emulated = self.record.run.emulated_gpu
+        return f"{name} as {emulated}" if emulated else name
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in a few words."""
+        record = self.record
+        if record.status == "oom" and record.oom is not None:
+            return f"out of memory in {record.oom.phase}"
+        if record.status == "done" or not record.error:
+            return record.status
+        return f"{record.status}: {record.error.strip().splitlines()[-1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Jobs on cards, and measured runs.
+
+    Attributes:
+        entries: Every job on every card, jobs in the order given, then cards.
+        runs: Every record, in the order given.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    runs: tuple[Run, ...] = ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row per prediction and per measurement; every row has the keys ``COLUMNS``.
+
+        Returns:
+            Rows; sizes in bytes, times in seconds, None for what is not known.
+        """
+        found = [_entry_row(entry) for entry in self.entries]
+        return found + [row for run in self.runs for row in _run_rows(run)]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The rows as a DataFrame; sizes in bytes, times in seconds, missing values as pandas' NA.
+
+        Raises:
+            EnvironmentProblem: If pandas is not installed.
+        """
+        try:
+            import pandas  # noqa: PLC0415 - an optional extra
+        except ImportError:
+            from vramplan.report import missing  # noqa: PLC0415
+
+            raise missing("to_frame", "pandas") from None
+        return pandas.DataFrame(self.rows(), columns=list(COLUMNS)).convert_dtypes()
+
+
+COLUMNS = (
+    "witness", "run", "status", "model", "num_parameters", "method", "batch_size", "seq_len",
+    "optim", "dtype", "mixed_precision", "gpu", "emulated_gpu", "limit_bytes", "usable_bytes",
+    "verdict", "headroom_bytes", "ready_bytes", "peak_allocated_bytes", "peak_reserved_bytes",
+    "min_limit_bytes", "device_peak_bytes", "paged_bytes", "host_ram_bytes", "disk_bytes",
+    "peak_phase", "largest_batch_size", "largest_seq_len", "step_time_s", "tokens_per_s",
+    "price_per_hour", "cost_per_million_tokens", "calibration", "driver", "torch", "transformers",
+    "commit", "created", "note",
+)  # fmt: skip
+
+
+def cost_per_million_tokens(
+    price_per_hour: float | None, tokens_per_s: float | None
+) -> float | None:
+    """Price of training on a million tokens, in the currency of the price."""
+    if price_per_hour is None or not tokens_per_s:
+        return None
+    return price_per_hour / 3600 / tokens_per_s * 1e6
+
+
+def _job_row(job: Job) -> dict[str, Any]:
+    return {
+        "method": job.method,
+        "batch_size": job.batch_size,
+        "seq_len": job.seq_len,
+        "optim": job.optimizer_name,
+        "dtype": job.dtype,
+        "mixed_precision": job.mixed_precision,
+    }
+
+
+def _entry_row(entry: Entry) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row |= _job_row(entry.job) | {
+        "witness": "estimate",
+        "model": entry.model.name,
+        "num_parameters": entry.model.num_parameters,
+        "gpu": entry.gpu.slug,
+        "usable_bytes": entry.usable_bytes,
+        "verdict": entry.verdict,
+        "headroom_bytes": entry.headroom_bytes,
+        "peak_phase": entry.peak_phase,
+        "largest_batch_size": entry.largest_batch_size,
+        "largest_seq_len": entry.largest_seq_len,
+        "step_time_s": entry.step_time_s,
+        "tokens_per_s": entry.tokens_per_s,
+        "price_per_hour": entry.price_per_hour,
+        "cost_per_million_tokens": cost_per_million_tokens(
+            entry.price_per_hour, entry.tokens_per_s
+        ),
+        "calibration": entry.calibration,
+    }
+    return row | {f"{name}_bytes": size for name, size in entry.bytes_by_name.items()}
+
+
+def _run_rows(run: Run) -> list[dict[str, Any]]:
+    """What was measured, then what is predicted of the same run."""
+    record = run.record
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row |= {key: record.job.get(key) for key in _job_row(Job())} | {
+        "run": record.name,
+        "model": record.model,
+        "gpu": record.gpu.slug or record.gpu.name,
+        "emulated_gpu": record.run.emulated_gpu,
+        "limit_bytes": record.run.limit_bytes,
+    }
+    search = record.limit_search
+    measured = {
+        "witness": "measure",
+        "status": record.status,
+        "ready_bytes": record.ready_bytes,
+        "peak_allocated_bytes": record.peak_allocated_bytes,
+        "peak_reserved_bytes": record.peak_reserved_bytes,
+        "min_limit_bytes": search.smallest_running_bytes if search else None,
+        "device_peak_bytes": record.device_peak_bytes,
+        "paged_bytes": record.paged_bytes,
+        "host_ram_bytes": record.host_rss_peak_bytes,
+        "step_time_s": record.step_time_s.median if record.step_time_s else None,
+        "tokens_per_s": record.tokens_per_s.median if record.tokens_per_s else None,
+        "driver": record.gpu.driver,
+        "torch": record.versions.get("torch"),
+        "transformers": record.versions.get("transformers"),
+        "commit": record.commit,
+        "created": record.created,
+        "note": "" if record.status == "done" else run.ending,
+    }
+    if not run.figures:
+        return [row | measured | {"note": measured["note"] or run.why_not}]
+    names = {f"{figure.name.replace(' ', '_')}_bytes": figure.predicted for figure in run.figures}
+    names["min_limit_bytes"] = names.pop("smallest_limit_bytes", None)
+    predicted = {key: size for key, size in names.items() if key in row}
+    return [row | measured, row | {"witness": "estimate"} | predicted]
+
+
+# -- making one ------------------------------------------------------------------------------------
+
+
+def compare(
+    models: Iterable[str | Model] = (),
+    gpus: Iterable[str | Gpu] = (),
+    jobs: Iterable[Job] = (Job(),),
+    *,
+    records: Iterable[Record] = (),
+    prices: Mapping[str, float] | None = None,
+    told: Callable[[str], object] = str,
+) -> Comparison:
+    """Predict every job of every model on every card, and put records beside their predictions.
+
+    Args:
+        models: Models, or names as in ``find_model``.
+        gpus: Cards, or names as in ``find_gpu``.
+        jobs: What to do with each model.
+        records: Measured runs. With cards, their jobs are predicted on these too.
+        prices: What an hour of a card costs, by slug, in any one currency.
+        told: Called with the name of each job and run as it is begun.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        UsageError: If there is nothing to compare, or a job does not go with a model.
+        UnknownNameError: If a model or card is unknown.
+
+    Known limitations:
+        The largest batch and sequence take the allocator's share from the job as given.
+    """
+    cards = list(dict.fromkeys(find_gpu(gpu) if isinstance(gpu, str) else gpu for gpu in gpus))
+    found = [find_model(model) if isinstance(model, str) else model for model in models]
+    kept = list(records)
+    jobs = list(jobs)
+    if not kept and not (found and cards and jobs):
+        raise UsageError(
+            "nothing to compare: name models with --model and cards with --gpu, or give records"
+        )
+    if found and not cards:
+        raise UsageError("name the cards to compare with --gpu (see `vramplan gpus`)")
+    runs = []
+    for record in kept:
+        told(record.name)
+        runs.append(_run(record))
+    pairs = [(model, job) for model in found for job in jobs]
+    pairs += [pair for record in kept if cards and (pair := _job_of(record)) is not None]
+    entries: dict[tuple[str, Job, str], Entry] = {}
+    for model, job in pairs:
+        if any((model.name, job, gpu.slug) not in entries for gpu in cards):
+            told(f"{model.name}, {job.method}")
+            for entry in _on_cards(model, job, cards, prices or {}):
+                entries[model.name, job, entry.gpu.slug] = entry
+    return Comparison(tuple(entries.values()), tuple(runs))
+
+
+def _run(record: Record) -> Run:
+    """A record beside its prediction; records of models without a block program have none."""
+    from vramplan.accuracy import figures, predicted  # noqa: PLC0415 - needs pydantic
+
+    try:
+        return Run(record, figures(record, predicted(record)))
+    except VramplanError as error:
+        return Run(record, (), f"not predicted: {error}")
+
+
+def _job_of(record: Record) -> tuple[Model, Job] | None:
+    try:
+        return model_from_config(record.config, record.model), Job.from_dict(record.job)
+    except UsageError:
+        return None  # its Run says why
+
+
+def _on_cards(
+    model: Model, job: Job, cards: Sequence[Gpu], prices: Mapping[str, float]
+) -> list[Entry]:
+    """One job on every card, predicted once for all cards that would run it alike."""
+    shared: dict[object, _Variants] = {}
+    found = []
+    for gpu in cards:
+        own = job_for(job, gpu)
+        key = (own, alike(gpu))
+        if key not in shared:
+            shared[key] = _Variants(model, own, gpu)
+        found.append(shared[key].entry(gpu, prices.get(gpu.slug)))
+    return found
+
+
+class _Variants:
+    """A job and its variants on cards that run it alike; each is worked out once."""
+
+    def __init__(self, model: Model, job: Job, gpu: Gpu) -> None:
+        self.model, self.job, self.gpu = model, job, gpu
+        self.headline = predict(model, job, gpu)
+        self.min_limit_bytes = self.headline.min_limit_bytes
+        self._peaks: dict[tuple[str, int], int] = {}
+
+    def entry(self, gpu: Gpu, price: float | None) -> Entry:
+        """What one of the cards makes of it."""
+        prediction, usable = self.headline, usable_bytes(gpu)
+        verdict = None if usable is None else judge(prediction, gpu.slug, usable)
+        top = max(self.model.dims.max_positions, self.job.seq_len)
+        return Entry(
+            model=self.model,
+            job=self.job,
+            gpu=gpu,
+            usable_bytes=usable,
+            verdict=verdict.verdict if verdict else UNKNOWN,
+            headroom_bytes=verdict.headroom_bytes if verdict else None,
+            bytes_by_name={
+                "ready": prediction.ready_bytes,
+                "peak_allocated": prediction.peak_allocated_bytes,
+                "peak_reserved": prediction.peak_reserved_bytes,
+                "min_limit": self.min_limit_bytes,
+                "device_peak": prediction.device_peak_bytes,
+                "paged": prediction.paged_bytes,
+                "host_ram": prediction.host_ram_bytes,
+                "disk": prediction.disk_bytes,
+            },
+            parts=parts_of(prediction),
+            peak_phase=prediction.peak_phase,
+            largest_batch_size=self._largest("batch_size", usable, 1, MAX_BATCH),
+            largest_seq_len=self._largest("seq_len", usable, SEQ_STEP, top),
+            calibration=prediction.profile.name,
+            borrowed=prediction.profile.borrowed,
+            price_per_hour=price,
+        )
+
+    def _largest(self, name: str, usable: int | None, step: int, top: int) -> int | None:
+        """The largest value of a field of the job that fits; None if not even the smallest does."""
+        own: int = getattr(self.job, name)
+        if usable is None:
+            return None
+
+        def peak(value: int) -> int:
+            return self._peak(name, value)
+
+        start = own if peak(own) <= usable else min(step, own)
+        if peak(start) > usable:
+            return None
+        walked = self.headline.estimate
+        slope = (walked.peak_allocated_bytes - walked.static_bytes) / own
+        return search_largest(peak, usable, start, top, step, slope)
+
+    def _peak(self, name: str, value: int) -> int:
+        if (name, value) not in self._peaks:
+            job = self.job.but(**{name: value})
+            like = None if job == self.job else self.headline
+            tried = self.headline if like is None else predict(self.model, job, self.gpu, like=like)
+            self._peaks[name, value] = tried.device_peak_bytes
+        return self._peaks[name, value]
+
+
+def parts_of(prediction: Prediction) -> dict[str, int]:
+    """Where the bytes of the device peak go, in bytes; they sum to it.
+
+    Kinds of allocated memory at the allocated peak, then what the allocator caches beside them,
+    the context with loaded kernels, and paged optimizer state.
+    """
+    parts = {kind.value: size for kind, size in prediction.breakdown().items()}
+    parts[CACHED] = prediction.peak_reserved_bytes - prediction.peak_allocated_bytes
+    parts[CONTEXT] = prediction.process_bytes
+    parts[PAGED] = prediction.device_peak_bytes - sum(parts.values())
+    return {name: size for name, size in parts.items() if size}
