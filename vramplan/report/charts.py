@@ -72,10 +72,14 @@ class Line(NamedTuple):
     nbytes: int
 
 
+LONE_BAR = 2.5  # times the next longest
+
+
 def bytes_chart(name: str, title: str, bars: Sequence[Bar], lines: Sequence[Line]) -> Chart:
     """Where the bytes go: one stacked bar per job, each card's memory across.
 
-    Bars that are longer than every card are cut and say their length.
+    Bars that are longer than every card are cut and say their length, and so is one that is far
+    longer than all others: the others' parts could not be told apart beside it.
 
     Args:
         name: Unique on its page.
@@ -84,7 +88,10 @@ def bytes_chart(name: str, title: str, bars: Sequence[Bar], lines: Sequence[Line
         lines: The cards; lines that would lie on one another are one.
     """
     with canvas(1.15 + 0.42 * len(bars), title) as (figure, axes):
-        top = max([bar.nbytes for bar in bars])
+        sizes = sorted(bar.nbytes for bar in bars)
+        top = sizes[-1]
+        if len(sizes) > 1 and top > LONE_BAR * sizes[-2]:
+            top = sizes[-2]
         if lines:
             top = min(top, max(line.nbytes for line in lines))
             top = min([line.nbytes for line in lines if line.nbytes >= top])
@@ -94,17 +101,14 @@ def bytes_chart(name: str, title: str, bars: Sequence[Bar], lines: Sequence[Line
             _stack(axes, row, bar, edge, tips, f"bar-{row}")
             if bar.nbytes > edge:
                 axes.text(edge / GIB, row, " →", va="center", ha="left", fontweight="bold")
-        drawn = [line for line in merged(lines, edge / GIB) if line.nbytes <= edge]
+        drawn = sorted((line for line in set(lines) if line.nbytes <= edge), key=lambda x: x.nbytes)
         for line in drawn:
-            axes.axvline(line.nbytes / GIB, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+            axes.axvline(line.nbytes / GIB, color=INK, linewidth=0.7, linestyle=(0, (4, 2)))
+        for label in labelled(drawn, edge):
             axes.text(
-                line.nbytes / GIB,
-                1.01,
-                line.name,
-                ha="center",
-                va="bottom",
+                label.nbytes / GIB, 1.01, label.name, ha="center", va="bottom",
                 transform=axes.get_xaxis_transform(),
-            )
+            )  # fmt: skip
         axes.set_xlim(0, edge / GIB)
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.set_yticks(
@@ -126,16 +130,34 @@ def bytes_chart(name: str, title: str, bars: Sequence[Bar], lines: Sequence[Line
         return finish(figure, name, title, text + (f". Across: {across}." if across else "."), tips)
 
 
-def merged(lines: Sequence[Line], edge: float) -> list[Line]:
-    """Lines so far apart that their names do not overlap; near ones share a name."""
-    found: list[Line] = []
-    for line in sorted(lines, key=lambda line: line.nbytes):
-        if found and (line.nbytes - found[-1].nbytes) / GIB < 0.085 * edge:
-            if line.name not in found[-1].name.split(", "):
-                found[-1] = Line(f"{found[-1].name}, {line.name}", found[-1].nbytes)
-        else:
-            found.append(line)
-    return found
+CHARACTER = 0.019  # of the chart's width
+
+
+def labelled(lines: Sequence[Line], edge: float) -> list[Line]:
+    """Names for lines, in the middle of those that lie too near one another to have their own.
+
+    Args:
+        lines: In the order of their size; each name a number and its unit.
+        edge: Where the chart ends, in bytes.
+    """
+    found: list[list[Line]] = []
+    for line in lines:
+        found.append([line])
+        while len(found) > 1 and _overlap(found[-2], found[-1], edge):
+            last = found.pop()
+            found[-1] += last
+    return [_label(lines) for lines in found]
+
+
+def _label(lines: Sequence[Line]) -> Line:
+    names = list(dict.fromkeys(line.name for line in lines))
+    name = names[0] if len(names) == 1 else f"{names[0].split()[0]}\u2013{names[-1]}"
+    return Line(name, (lines[0].nbytes + lines[-1].nbytes) // 2)
+
+
+def _overlap(left: Sequence[Line], right: Sequence[Line], edge: float) -> bool:
+    a, b = _label(left), _label(right)
+    return b.nbytes - a.nbytes < (len(a.name) + len(b.name) + 2) / 2 * CHARACTER * edge
 
 
 def _stack(

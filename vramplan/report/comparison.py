@@ -142,7 +142,7 @@ def verdicts(entries: Sequence[Entry]) -> Table:
     def cell(entry: Entry) -> str:
         spare = entry.headroom_bytes
         text = f"{SYMBOLS[entry.verdict]} {entry.verdict}"
-        return Toned(text if spare is None else f"{text} {signed(spare)}", entry.verdict)
+        return Toned(text if spare is None else f"{text}\n{signed(spare)}", entry.verdict)
 
     return matrix(
         entries,
@@ -309,28 +309,31 @@ def residuals(runs: Sequence[Run], *, draw: bool) -> Table:
         for figure in run.figures
         if figure.measured
     ]
-    rows = [
-        (
-            p.run,
-            p.figure,
-            gib(p.measured),
-            gib(p.predicted),
-            f"{p.error:+.2%}".replace("-", "\u2212"),
-        )
-        for p in points
-    ]
-    rows += [(run.record.name, run.why_not, "", "", "") for run in runs if run.why_not]
+    names = list(dict.fromkeys(point.figure for point in points))
+    found = {(point.run, point.figure): point for point in points}
+    rows = [(run.record.name, *_beside(run, names, found)) for run in runs]
     charts = ()
     if draw and points:
         charts = (residual_chart("residuals", "How far off each figure is", points),)
     return Table(
         "Measured beside predicted",
-        ("run", "figure", "measured, GiB", "predicted, GiB", "off by"),
+        ("run", *(part for name in names for part in (f"{name}, GiB", "off by")), "note"),
         tuple(rows),
-        "Off by: predicted over measured, minus one. Above zero the prediction is too high, which "
-        "is the safe side.",
+        "Measured sizes. Off by: predicted over measured, minus one; above zero the prediction is "
+        "too high, which is the safe side.",
         charts,
     )
+
+
+def _beside(
+    run: Run, names: Sequence[str], found: Mapping[tuple[str, str], Point]
+) -> Iterable[str]:
+    """Cells of one run: each figure's size and error, and why there is none."""
+    for name in names:
+        point = found.get((run.record.name, name))
+        yield "" if point is None else gib(point.measured)
+        yield "" if point is None else f"{point.error:+.2%}".replace("-", "\u2212")
+    yield run.why_not
 
 
 def measured(runs: Sequence[Run]) -> Table:
