@@ -14,7 +14,7 @@ from vramplan import foretold
 from vramplan.accuracy import accuracy_page
 from vramplan.catalogue import model_from_config
 from vramplan.cli import app
-from vramplan.errors import RecordError, UsageError
+from vramplan.cli.options import check_outputs
 from vramplan.files import write_text
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
@@ -58,11 +58,7 @@ def accuracy(
 ) -> None:
     """How right the predictions are, from recorded runs."""
     forms = FORMS if predict is None else (".json",)
-    for path in output or []:
-        if path.suffix not in forms:
-            raise UsageError(f"{path}: the name must end in {', '.join(forms)}")
-        if path.exists() and not force:
-            raise RecordError(f"{path} exists; replace it with --force")
+    check_outputs(output or [], forms, force=force)
     folder = folder or profiles_dir() / "calibrations" / REFERENCE_GPU
     if predict is not None:
         text = json.dumps(foretold.document(unmeasured(folder, predict)), indent=1) + "\n"

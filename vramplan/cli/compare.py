@@ -14,7 +14,7 @@ from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.comparison import Comparison, Entry, Run, compare
-from vramplan.errors import EnvironmentProblem, RecordError, UsageError
+from vramplan.errors import UsageError
 from vramplan.files import provenance, write_text
 from vramplan.gpus import find_gpu, load_gpus
 from vramplan.job import Job, expand
@@ -55,11 +55,13 @@ def compare_command(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    force: o.ForceOption = False,
 ) -> None:  # fmt: skip
     """Cards, models and methods side by side; with records, measured beside predicted."""
     paths = out or []
-    check_outputs(paths, force=force)
+    o.check_outputs(paths, FORMS, force=force)
+    if any(path.suffix == ".html" for path in paths):
+        o.needs("an HTML page", "jinja2", "matplotlib")
     names = list(load_gpus()) if "all" in (gpu or []) else gpu or []
     jobs = [Job.from_dict(values) for values in expand(sweep)]
     kept = read_records(records or [])
@@ -79,40 +81,6 @@ def compare_command(
         print(f"written: {path}", file=sys.stderr)
 
 
-def check_outputs(paths: list[Path], *, force: bool) -> None:
-    """Find out before anything is worked out what could not be written.
-
-    Raises:
-        UsageError: If a name says no form.
-        RecordError: If a file exists.
-        EnvironmentProblem: If what draws pages is not installed.
-    """
-    for path in paths:
-        if path.suffix not in FORMS:
-            raise UsageError(f"{path}: the name must end in {', '.join(FORMS)}")
-        if path.is_dir():
-            raise EnvironmentProblem(f"cannot write {path}: it is a folder")
-        if path.exists() and not force:
-            raise RecordError(f"{path} exists; replace it with --force")
-        if path.suffix == ".html":
-            needs("an HTML page", "jinja2", "matplotlib")
-
-
-def needs(what: str, *packages: str) -> None:
-    """Say what is not installed before it is needed.
-
-    Raises:
-        EnvironmentProblem: If a package is missing.
-    """
-    import importlib.util  # noqa: PLC0415
-
-    from vramplan.report import missing  # noqa: PLC0415
-
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise missing(what, package)
-
-
 def read_records(paths: list[Path]) -> list[Record]:
     """The records of files and folders, in the order given.
 
@@ -122,7 +90,7 @@ def read_records(paths: list[Path]) -> list[Record]:
     """
     if not paths:
         return []
-    needs("reading records", "pydantic")
+    o.needs("reading records", "pydantic")
     from vramplan.record import read_record  # noqa: PLC0415 - needs pydantic
 
     found = []

@@ -33,6 +33,8 @@ def estimate(
     job: Job,
     max_seq_len_of: LengthsOption = None,
     context: typer.Context,
+    plot: o.PlotOption = None,
+    force: o.ForceOption = False,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
@@ -47,12 +49,18 @@ def estimate(
         from vramplan.gpus import find_gpu  # noqa: PLC0415 - the catalogue takes a while to read
 
         card = find_gpu(gpu)
+    if plot is not None:
+        o.check_plot(plot, force=force)
     job = job_for(job, card)
     prediction = predict(found, job, card)
     usable = usable_bytes(card) if card is not None and planned is not None else None
     ceilings = []
     if card is not None and usable is not None:
         ceilings.append(longest_fitting(found, prediction, card.slug, usable, card))
+    if plot is not None:
+        from vramplan.cli.plots import plot_job  # noqa: PLC0415
+
+        plot_job(plot, prediction, card)
     if as_json:
         from vramplan.cli.documents import document  # noqa: PLC0415
 

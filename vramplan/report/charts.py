@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vramplan.report.drawing import INK, Chart, canvas, finish, plain
+from vramplan.report.drawing import INK, SMALL, Chart, canvas, finish, plain
 from vramplan.report.series import Stretch
 from vramplan.units import GIB, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Group(NamedTuple):
@@ -87,47 +88,81 @@ def bytes_chart(name: str, title: str, bars: Sequence[Bar], lines: Sequence[Line
         bars: The jobs.
         lines: The cards; lines that would lie on one another are one.
     """
-    with canvas(1.15 + 0.42 * len(bars), title) as (figure, axes):
-        sizes = sorted(bar.nbytes for bar in bars)
-        top = sizes[-1]
-        if len(sizes) > 1 and top > LONE_BAR * sizes[-2]:
-            top = sizes[-2]
-        if lines:
-            top = min(top, max(line.nbytes for line in lines))
-            top = min([line.nbytes for line in lines if line.nbytes >= top])
-        edge = top * 1.16
-        tips: dict[str, str] = {}
-        for row, bar in enumerate(bars):
-            _stack(axes, row, bar, edge, tips, f"bar-{row}")
-            if bar.nbytes > edge:
-                axes.text(edge / GIB, row, " →", va="center", ha="left", fontweight="bold")
-        drawn = sorted((line for line in set(lines) if line.nbytes <= edge), key=lambda x: x.nbytes)
-        for line in drawn:
-            axes.axvline(line.nbytes / GIB, color=INK, linewidth=0.7, linestyle=(0, (4, 2)))
-        for label in labelled(drawn, edge):
-            axes.text(
-                label.nbytes / GIB, 1.01, label.name, ha="center", va="bottom",
-                transform=axes.get_xaxis_transform(),
-            )  # fmt: skip
-        axes.set_xlim(0, edge / GIB)
-        axes.set_ylim(len(bars) - 0.5, -0.5)
-        axes.set_yticks(
-            range(len(bars)), [f"{plain(bar.name)}\n{format_bytes(bar.nbytes, 1)}" for bar in bars]
-        )
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel("GiB on the card")
-        _legend(
-            axes,
-            [group.name for group in GROUPS if any(grouped(b.parts)[group.name] for b in bars)],
-        )
-        text = "; ".join(
-            f"{bar.name} takes {format_bytes(bar.nbytes)}: "
-            + ", ".join(f"{k} {format_bytes(n)}" for k, n in grouped(bar.parts).items() if n)
-            for bar in bars
-        )
-        across = ", ".join(f"{line.name} {format_bytes(line.nbytes)}" for line in drawn)
-        return finish(figure, name, title, text + (f". Across: {across}." if across else "."), tips)
+    with canvas(title, _height(bars)) as (figure, (axes,)):
+        text, tips = _draw_bars(axes, bars, lines)
+        _legend(figure, [name for bar in bars for name, size in grouped(bar.parts).items() if size])
+        return finish(figure, name, title, text, tips)
+
+
+def job_chart(
+    name: str, title: str, bar: Bar, parts: Sequence[Stretch], lines: Sequence[Line]
+) -> Chart:
+    """One job: where its bytes go on the card, and how full its step is.
+
+    Args:
+        name: Unique on its page.
+        title: What it shows.
+        bar: The job.
+        parts: Its step, from ``stretches``.
+        lines: Cards to compare with.
+    """
+    with canvas(title, _height([bar]), 2.4) as (figure, (above, below)):
+        text, tips = _draw_bars(above, [bar], lines)
+        text += " " + _draw_step(below, parts)
+        _legend(figure, [name for name, size in grouped(bar.parts).items() if size])
+        return finish(figure, name, title, text, tips)
+
+
+def _height(bars: Sequence[Bar]) -> float:
+    """Inches for so many bars, their axis and a legend."""
+    return 1.15 + 0.42 * len(bars)
+
+
+def _edge(bars: Sequence[Bar], lines: Sequence[Line]) -> float:
+    """Where the axis ends, in bytes."""
+    sizes = sorted(bar.nbytes for bar in bars)
+    top = sizes[-1]
+    if len(sizes) > 1 and top > LONE_BAR * sizes[-2]:
+        top = sizes[-2]
+    if lines:
+        top = min(top, max(line.nbytes for line in lines))
+        top = min(line.nbytes for line in lines if line.nbytes >= top)
+    return top * 1.16
+
+
+def _draw_bars(
+    axes: Axes, bars: Sequence[Bar], lines: Sequence[Line]
+) -> tuple[str, dict[str, str]]:
+    """Draw them; what one sees, in words, and what each part says when pointed at."""
+    edge = _edge(bars, lines)
+    tips: dict[str, str] = {}
+    for row, bar in enumerate(bars):
+        _stack(axes, row, bar, edge, tips, f"bar-{row}")
+        if bar.nbytes > edge:
+            axes.text(edge / GIB, row, " →", va="center", ha="left", fontweight="bold")
+    drawn = sorted((line for line in set(lines) if line.nbytes <= edge), key=lambda x: x.nbytes)
+    for line in drawn:
+        axes.axvline(line.nbytes / GIB, color=INK, linewidth=0.7, linestyle=(0, (4, 2)))
+    for label in labelled(drawn, edge):
+        axes.text(
+            label.nbytes / GIB, 1.01, label.name, ha="center", va="bottom",
+            transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
+    axes.set_xlim(0, edge / GIB)
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_yticks(
+        range(len(bars)), [f"{plain(bar.name)}\n{format_bytes(bar.nbytes, 1)}" for bar in bars]
+    )
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("GiB on the card")
+    text = "; ".join(
+        f"{bar.name} takes {format_bytes(bar.nbytes)}: "
+        + ", ".join(f"{k} {format_bytes(n)}" for k, n in grouped(bar.parts).items() if n)
+        for bar in bars
+    )
+    across = ", ".join(f"{line.name} {format_bytes(line.nbytes)}" for line in drawn)
+    return text + (f". Across: {across}." if across else "."), tips
 
 
 CHARACTER = 0.019  # of the chart's width
@@ -177,23 +212,20 @@ def _stack(
         left += size
 
 
-def _legend(axes: Axes, names: Sequence[str]) -> None:
-    """Below the chart, in three columns."""
+def _legend(figure: Figure, names: Iterable[str]) -> None:
+    """Below everything, in three columns."""
     from matplotlib.patches import Patch  # noqa: PLC0415 - an optional extra
 
-    shown = [group for group in GROUPS if group.name in names]
-    axes.figure.legend(  # type: ignore[union-attr]
-        handles=[
-            Patch(facecolor=g.colour, hatch=g.hatch, edgecolor="#ffffff", label=g.name)
-            for g in shown
-        ],
-        loc="outside lower center",
-        ncols=3,
-        handlelength=1.2,
-        columnspacing=1.2,
-        labelcolor=INK,
-        fontsize=7.5,
-    )
+    named = set(names)
+    handles = [
+        Patch(facecolor=g.colour, hatch=g.hatch, edgecolor="#ffffff", label=g.name)
+        for g in GROUPS
+        if g.name in named
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=3, handlelength=1.2, columnspacing=1.2,
+        labelcolor=INK, fontsize=SMALL,
+    )  # fmt: skip
 
 
 LEAST_SHARE = 0.17  # of the width that a phase gets, to have room for its name
@@ -212,187 +244,62 @@ def timeline_chart(
         parts: The step, from ``stretches``.
         room: What there is for it.
     """
-    with canvas(2.9, title) as (figure, axes):
-        peak_part = max(parts, key=lambda part: part.fullest.nbytes)
-        peak = peak_part.fullest
-        count = sum(len(part.moments) for part in parts)
-        shares = [max(LEAST_SHARE, len(part.moments) / count) for part in parts]
-        shares = [share / sum(shares) for share in shares]
-        start = 0.0
-        xs: list[float] = []
-        moments = []
-        marked = 0.0
-        for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
-            step = share / len(part.moments)
-            own = [start + step * index for index in range(len(part.moments))]
-            if part is peak_part:
-                marked = own[part.moments.index(peak)] + step / 2
-            xs += own
-            moments += part.moments
-            if number % 2:
-                axes.axvspan(start, start + share, color=INK, alpha=0.06, linewidth=0)
-            axes.text(
-                start + share / 2, 1.02, part.phase.value, ha="center", va="bottom",
-                transform=axes.get_xaxis_transform(),
-            )  # fmt: skip
-            start += share
-        xs.append(1.0)
-        moments.append(moments[-1])
-        tops = [[0.0] * len(moments)]
-        names = []
-        for group in GROUPS:
-            sizes = [
-                sum(m.by_kind.get(k, 0) for k in m.by_kind if k.value in group.parts)
-                for m in moments
-            ]
-            if not any(sizes):
-                continue
-            names.append(group.name)
-            tops.append([low + size / GIB for low, size in zip(tops[-1], sizes, strict=True)])
-            axes.fill_between(
-                xs,
-                tops[-2],
-                tops[-1],
-                step="post",
-                color=group.colour,
-                hatch=group.hatch,
-                linewidth=0,
-            )
-        high = peak.nbytes / GIB
-        axes.plot([marked], [high], marker="v", color=INK, markersize=6, clip_on=False, zorder=5)
-        axes.annotate(
-            f"peak {format_bytes(peak.nbytes)}, {peak.phase.value}", (marked, high), (0, 7),
-            textcoords="offset points", ha="left" if marked < 0.3 else "right",
-            fontweight="bold",
-        )  # fmt: skip
-        axes.set_ylim(0, high * 1.2)
-        if room is not None and room.nbytes / GIB < high * 1.2:
-            axes.axhline(room.nbytes / GIB, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-            axes.text(0.005, room.nbytes / GIB, plain(room.name), va="bottom", fontsize=7.5)
-        axes.set_xlim(0, 1)
-        axes.set_xticks([])
-        axes.set_xlabel("allocations and releases in their order →")
-        axes.set_ylabel("GiB allocated")
-        _legend(axes, names)
-        text = (
-            f"Peak {format_bytes(peak.nbytes)} in {peak.phase.value}. Fullest in each phase: "
-            + ", ".join(f"{part.phase.value} {format_bytes(part.fullest.nbytes)}" for part in parts)
-            + "."
-        )
+    with canvas(title, 2.9) as (figure, (axes,)):
+        text = _draw_step(axes, parts, room)
+        kinds = {kind.value for part in parts for m in part.moments for kind in m.by_kind}
+        _legend(figure, [group.name for group in GROUPS if kinds & set(group.parts)])
         return finish(figure, name, title, text)
 
 
-class Point(NamedTuple):
-    """One figure of one run, in bytes."""
-
-    run: str
-    figure: str
-    measured: int
-    predicted: int
-
-    @property
-    def error(self) -> float:
-        """Predicted over measured, minus one."""
-        return self.predicted / self.measured - 1
-
-
-MARKERS = ("o", "s", "^", "D", "P", "X", "v", "*")
-
-
-def residual_chart(name: str, title: str, points: Sequence[Point]) -> Chart:
-    """Measured size against the relative error of its prediction, a marker per figure.
-
-    Args:
-        name: Unique on its page.
-        title: What it shows.
-        points: Every figure of every run.
-    """
-    with canvas(2.9, title) as (figure, axes):
-        names = list(dict.fromkeys(point.figure for point in points))
-        tips: dict[str, str] = {}
-        for number, what in enumerate(names):
-            own = [point for point in points if point.figure == what]
-            colour = GROUPS[number % 6].colour
-            for index, point in enumerate(own):
-                axes.plot(
-                    [point.measured / GIB], [100 * point.error], linestyle="none",
-                    marker=MARKERS[number % len(MARKERS)], color=colour, markersize=5,
-                    markeredgecolor="#ffffff", markeredgewidth=0.4,
-                    label=what if index == 0 else None, gid=f"point-{number}-{index}",
-                )  # fmt: skip
-                tips[f"point-{number}-{index}"] = (
-                    f"{point.run}: {what} {format_bytes(point.measured)} measured, "
-                    f"{format_bytes(point.predicted)} predicted ({point.error:+.2%})"
-                )
-        axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
-        widest = max(0.5, *(abs(100 * point.error) for point in points)) * 1.15
-        axes.set_ylim(-widest, widest)
-        axes.set_xlabel("measured, GiB (logarithmic)")
-        axes.set_ylabel("predicted is off by, %")
-        axes.figure.legend(  # type: ignore[union-attr]
-            loc="outside lower center", ncols=3, labelcolor=INK, fontsize=7.5, handletextpad=0.2
-        )
-        worst = max(points, key=lambda point: abs(point.error))
-        text = (
-            f"{len(points)} figures of {len({p.run for p in points})} runs; the largest error is "
-            f"{worst.error:+.2%}, {worst.figure} of {worst.run}."
-        )
-        return finish(figure, name, title, text, tips)
+def _draw_step(axes: Axes, parts: Sequence[Stretch], room: Line | None = None) -> str:
+    """Draw it; what one sees, in words."""
+    fullest = max(parts, key=lambda part: part.fullest.nbytes)
+    peak, high = fullest.fullest, fullest.fullest.nbytes / GIB
+    xs, marked = _draw_phases(axes, parts, fullest)
+    moments = [moment for part in parts for moment in part.moments]
+    moments.append(moments[-1])
+    low = [0.0] * len(moments)
+    for group in GROUPS:
+        sizes = [sum(n for k, n in m.by_kind.items() if k.value in group.parts) for m in moments]
+        if any(sizes):
+            top = [below + size / GIB for below, size in zip(low, sizes, strict=True)]
+            axes.fill_between(xs, low, top, step="post", color=group.colour, linewidth=0)
+            low = top
+    axes.plot([marked], [high], marker="v", color=INK, markersize=6, clip_on=False, zorder=5)
+    axes.annotate(
+        f"peak {format_bytes(peak.nbytes)}, {peak.phase.value}", (marked, high), (0, 7),
+        textcoords="offset points", ha="left" if marked < 0.3 else "right", fontweight="bold",
+    )  # fmt: skip
+    axes.set_ylim(0, high * 1.2)
+    if room is not None and room.nbytes / GIB < high * 1.2:
+        axes.axhline(room.nbytes / GIB, color=INK, linewidth=0.7, linestyle=(0, (4, 2)))
+        axes.text(0.005, room.nbytes / GIB, plain(room.name), va="bottom", fontsize=SMALL)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([])
+    axes.set_xlabel("allocations and releases in their order →")
+    axes.set_ylabel("GiB allocated")
+    each = ", ".join(f"{part.phase.value} {format_bytes(part.fullest.nbytes)}" for part in parts)
+    return f"Peak {format_bytes(peak.nbytes)} in {peak.phase.value}. Fullest in each phase: {each}."
 
 
-class PhaseBar(NamedTuple):
-    """A phase of a measured run, in bytes; None where it was not measured or is not predicted."""
-
-    phase: str
-    allocated: int | None
-    reserved: int | None
-    predicted: int | None
-
-
-def phases_chart(name: str, title: str, bars: Sequence[PhaseBar], room: Line | None) -> Chart:
-    """The peaks of a measured run's phases, with what was predicted of them.
-
-    Args:
-        name: Unique on its page.
-        title: What it shows.
-        bars: The phases in their order.
-        room: What the allocator might reserve.
-    """
-    with canvas(0.9 + 0.42 * len(bars), title) as (figure, axes):
-        tips: dict[str, str] = {}
-        labels = ("allocated", "reserved", "allocated, predicted")
-        for row, bar in enumerate(bars):
-            both = (
-                (bar.reserved, "#B8BDC4", 0.7, labels[1]),
-                (bar.allocated, "#0072B2", 0.42, labels[0]),
-            )
-            for size, colour, height, what in both:
-                if size is not None:
-                    drawn = axes.barh(row, size / GIB, height=height, color=colour,
-                                      label=what if row == 0 else None)  # fmt: skip
-                    drawn.patches[0].set_gid(f"{what}-{row}")
-                    tips[f"{what}-{row}"] = f"{bar.phase}: {what} {format_bytes(size)}"
-            if bar.predicted is not None:
-                axes.plot([bar.predicted / GIB], [row], marker="D", color="#E69F00", markersize=6,
-                          markeredgecolor="#000000", markeredgewidth=0.6, linestyle="none",
-                          label=labels[2] if row == 0 else None)  # fmt: skip
-        if room is not None:
-            axes.axvline(room.nbytes / GIB, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-            axes.text(room.nbytes / GIB, 1.01, room.name, ha="right", va="bottom",
-                      transform=axes.get_xaxis_transform())  # fmt: skip
-        axes.set_ylim(len(bars) - 0.5, -0.5)
-        axes.set_yticks(range(len(bars)), [bar.phase for bar in bars])
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("GiB, the fullest moment of the phase")
-        axes.figure.legend(  # type: ignore[union-attr]
-            loc="outside lower center", ncols=3, labelcolor=INK, fontsize=7.5
-        )
-        text = "; ".join(
-            f"{bar.phase}: allocated {format_bytes(bar.allocated)}, reserved "
-            f"{format_bytes(bar.reserved)}, predicted {format_bytes(bar.predicted)}"
-            for bar in bars
-        )
-        return finish(figure, name, title, text + ".", tips)
+def _draw_phases(
+    axes: Axes, parts: Sequence[Stretch], fullest: Stretch
+) -> tuple[list[float], float]:
+    """Name the phases; where each moment lies, the end included, and where the peak does."""
+    count = sum(len(part.moments) for part in parts)
+    shares = [max(LEAST_SHARE, len(part.moments) / count) for part in parts]
+    start, xs, marked = 0.0, [], 0.0
+    for number, (part, own) in enumerate(zip(parts, shares, strict=True)):
+        share = own / sum(shares)
+        step = share / len(part.moments)
+        if part is fullest:
+            marked = start + step * (part.moments.index(part.fullest) + 0.5)
+        xs += [start + step * index for index in range(len(part.moments))]
+        if number % 2:
+            axes.axvspan(start, start + share, color=INK, alpha=0.06, linewidth=0)
+        axes.text(
+            start + share / 2, 1.02, part.phase.value, ha="center", va="bottom",
+            transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
+        start += share
+    return [*xs, 1.0], marked

@@ -12,13 +12,12 @@ from vramplan.report.charts import (
     GROUPS,
     Bar,
     Line,
-    Point,
     bytes_chart,
     grouped,
-    residual_chart,
     timeline_chart,
 )
 from vramplan.report.drawing import Chart
+from vramplan.report.measured_charts import Point, residual_chart
 from vramplan.report.page import Page, Table, Toned
 from vramplan.report.series import stretches
 from vramplan.units import GIB, format_bytes, format_seconds

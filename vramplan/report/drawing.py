@@ -25,6 +25,7 @@ INK = "#010203"  # becomes the colour of the text around the chart
 POINTS_PER_INCH = 72
 WIDTH = 5.2  # inches; about 375 points, so that text keeps its size on a phone
 FONT_POINTS = 8.5
+SMALL = 7.5  # points, for legends
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vramplan",
@@ -82,11 +83,11 @@ def plain(text: str) -> str:
 
 
 @contextlib.contextmanager
-def canvas(height: float, what: str) -> Iterator[tuple[Figure, Axes]]:
+def canvas(what: str, *heights: float) -> Iterator[tuple[Figure, list[Axes]]]:
     """An empty figure of the usual width, and matplotlib in our style while it is drawn on.
 
     Args:
-        height: In inches.
+        heights: Of each of its rows, in inches.
         what: What needs matplotlib, for the error.
 
     Raises:
@@ -99,8 +100,9 @@ def canvas(height: float, what: str) -> Iterator[tuple[Figure, Axes]]:
         raise missing(what, "matplotlib") from None
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts decide
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        yield figure, figure.add_subplot()
+        figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+        grid = figure.add_gridspec(len(heights), height_ratios=heights)
+        yield figure, [figure.add_subplot(row) for row in grid]
 
 
 def finish(
@@ -130,7 +132,7 @@ def _own(svg: str, name: str, title: str, text: str, tips: Mapping[str, str]) ->
         svg = svg.replace(mark, f"{mark}<title>{escape(plain(tip))}</title>", 1)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
-    svg = re.sub(r"font-family: [^;\"]*|(?<=px )'[^;\"]*", "system-ui, sans-serif", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
     svg = svg.replace(INK, "currentColor")
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view is not None
