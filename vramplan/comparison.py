@@ -240,8 +240,10 @@ def _run_rows(run: Run) -> list[dict[str, Any]]:
     }
     if not run.figures:
         return [row | measured | {"note": measured["note"] or run.why_not}]
-    names = {f"{figure.name.replace(' ', '_')}_bytes": figure.predicted for figure in run.figures}
-    names["min_limit_bytes"] = names.pop("smallest_limit_bytes", None)
+    names: dict[str, int] = {
+        f"{figure.name.replace(' ', '_').replace('smallest', 'min')}_bytes": figure.predicted
+        for figure in run.figures
+    }
     predicted = {key: size for key, size in names.items() if key in row}
     return [row | measured, row | {"witness": "estimate"} | predicted]
 

@@ -94,7 +94,7 @@ def summary(comparison: Comparison) -> str:
             "not fit."
         )
     if comparison.runs:
-        ended = [run.record.status for run in comparison.runs]
+        ended: list[str] = [run.record.status for run in comparison.runs]
         words = {"done": "done", "oom": "out of memory"}
         counts = {status: ended.count(status) for status in dict.fromkeys((*words, *ended))}
         ends = ", ".join(f"{n} {words.get(status, status)}" for status, n in counts.items() if n)
@@ -311,7 +311,7 @@ def residuals(runs: Sequence[Run], *, draw: bool) -> Table:
     names = list(dict.fromkeys(point.figure for point in points))
     found = {(point.run, point.figure): point for point in points}
     rows = [(run.record.name, *_beside(run, names, found)) for run in runs]
-    charts = ()
+    charts: tuple[Chart, ...] = ()
     if draw and points:
         charts = (residual_chart("residuals", "How far off each figure is", points),)
     return Table(

@@ -101,8 +101,8 @@ def canvas(what: str, *heights: float) -> Iterator[tuple[Figure, list[Axes]]]:
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts decide
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-        grid = figure.add_gridspec(len(heights), height_ratios=heights)
-        yield figure, [figure.add_subplot(row) for row in grid]
+        grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
+        yield figure, list(grid[:, 0])
 
 
 def finish(
