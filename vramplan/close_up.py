@@ -67,18 +67,31 @@ def look_closely(entry: Entry) -> CloseUp:
 
     Args:
         entry: An entry whose card has a known memory.
+
+    Known limitations:
+        A tile beyond one that does not run does not run either; its size takes the allocator's
+        share from the entry's job.
     """
     top = max(entry.model.dims.max_positions, entry.job.seq_len)
     seq_lens = sorted({entry.job.seq_len, *(n for n in SEQ_LENS if n <= top)})
-    batches = sorted({entry.job.batch_size, *BATCHES})
-    tiles = tuple(tuple(_tile(entry, b, n) for n in seq_lens) for b in batches)
     prediction = predict(entry.model, entry.job, entry.gpu)
-    return CloseUp(entry, tiles, prediction.estimate.timeline, prediction.phases())
+    tiles: list[tuple[Tile, ...]] = []
+    for batch_size in sorted({entry.job.batch_size, *BATCHES}):
+        line: list[Tile] = []
+        for column, seq_len in enumerate(seq_lens):
+            smaller = [*line[-1:], *(above[column] for above in tiles[-1:])]
+            beyond = any(tile.verdict == "no" for tile in smaller)
+            line.append(_tile(entry, batch_size, seq_len, prediction if beyond else None))
+        tiles.append(tuple(line))
+    return CloseUp(entry, tuple(tiles), prediction.estimate.timeline, prediction.phases())
 
 
-def _tile(entry: Entry, batch_size: int, seq_len: int) -> Tile:
+def _tile(entry: Entry, batch_size: int, seq_len: int, beyond: Prediction | None) -> Tile:
+    """One tile; for those beyond what runs, the prediction whose shares their size takes."""
     assert entry.usable_bytes is not None
     job = entry.job.but(batch_size=batch_size, seq_len=seq_len)
-    prediction: Prediction = predict(entry.model, job, entry.gpu)
-    verdict = judge(prediction, entry.gpu.slug, entry.usable_bytes)
-    return Tile(batch_size, seq_len, verdict.verdict, prediction.device_peak_bytes)
+    prediction = predict(entry.model, job, entry.gpu, like=beyond)
+    verdict = "no"
+    if beyond is None:
+        verdict = judge(prediction, entry.gpu.slug, entry.usable_bytes).verdict
+    return Tile(batch_size, seq_len, verdict, prediction.device_peak_bytes)

@@ -11,7 +11,7 @@ import pytest
 import vramplan
 
 HEAVY = (
-    "torch", "transformers", "peft", "pandas", "matplotlib", "jinja2", "numpy", "pydantic",
+    "torch", "transformers", "peft", "pandas", "matplotlib", "jinja2", "numpy",
     "huggingface_hub",
 )  # fmt: skip
 

@@ -153,50 +153,62 @@ def print_entries(entries: tuple[Entry, ...]) -> None:
     """One row per job and card; a job is named once."""
     out = output.console()
     table = output.plain_table(
-        ("model", "left"), ("method", "left"), ("tokens", "right"), ("card", "left"),
-        ("takes", "right"), ("usable", "right"), ("verdict", "left"), ("to spare", "right"),
-        ("batch", "right"), ("sequence", "right"),
+        ("model", "left"), ("method", "left"), ("card", "left"), ("takes", "right"),
+        ("verdict", "left"), ("to spare", "right"), ("batch", "right"), ("sequence", "right"),
     )  # fmt: skip
+    sizes = {(entry.job.batch_size, entry.job.seq_len) for entry in entries}
     before = None
     for entry in entries:
         job = entry.job
-        name = (entry.model.name, job.method, f"{job.batch_size} x {job.seq_len}")
+        method = job.method if len(sizes) == 1 else f"{job.method} {job.batch_size} x {job.seq_len}"
+        name = (entry.model.name, method)
         largest = (entry.largest_batch_size, entry.largest_seq_len)
         table.add_row(
-            *(name if name != before else ("", "", "")),
+            *(name if name != before else ("", "")),
             entry.gpu.slug,
             format_bytes(entry.device_peak_bytes),
-            format_bytes(entry.usable_bytes),
             output.verdict_text(entry.verdict),
             "" if entry.headroom_bytes is None else format_bytes(entry.headroom_bytes),
             *("-" if number is None else f"{number:,}" for number in largest),
         )
         before = name
     out.print(table)
-    out.print("batch, sequence: the largest that fits, the rest unchanged", style="dim")
+    if len(sizes) == 1:
+        batch_size, seq_len = sizes.pop()
+        out.print(f"Batch {batch_size} of {seq_len:,} tokens.", style="dim", end=" ")
+    out.print("batch, sequence: the largest that fits, the rest unchanged.", style="dim")
     out.print("-o report.html makes a page of it", style="dim")
-    out.print()
 
 
 def print_runs(runs: tuple[Run, ...]) -> None:
-    """One row per record."""
+    """One row per record; what all runs share is said once."""
     out = output.console()
+    optional = {
+        "card": [run.card for run in runs],
+        "torch": [run.record.versions.get("torch") or "" for run in runs],
+        "commit": [(run.record.commit or "")[:9] for run in runs],
+    }
+    differ = {name: texts for name, texts in optional.items() if len(set(texts)) > 1}
     table = output.plain_table(
-        ("run", "left"), ("card", "left"), ("ended", "left"), ("allocated", "right"),
-        ("predicted", "right"), ("off by", "right"), ("torch", "left"), ("commit", "left"),
+        ("run", "left"), ("ended", "left"), ("allocated", "right"), ("predicted", "right"),
+        ("off by", "right"), *((name, "left") for name in differ),
     )  # fmt: skip
-    for run in runs:
+    for number, run in enumerate(runs):
         figure = next((f for f in run.figures if f.name == "peak allocated"), None)
         measured = run.record.peak_allocated_bytes
         error = figure.error if figure else None
         table.add_row(
             run.record.name,
-            run.card,
             run.ending,
             "" if measured is None else format_bytes(measured),
             format_bytes(figure.predicted) if figure else run.why_not,
             "" if error is None else f"{error:+.2%}",
-            run.record.versions.get("torch") or "",
-            (run.record.commit or "")[:9],
+            *(texts[number] for texts in differ.values()),
         )
     out.print(table)
+    shared = [
+        f"{name} {texts[0]}" for name, texts in optional.items() if name not in differ and texts[0]
+    ]
+    if shared:
+        out.print(f"All with {', '.join(shared)}.", style="dim")
+    out.print("-o report.html shows every figure", style="dim")

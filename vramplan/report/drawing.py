@@ -126,6 +126,8 @@ def _own(svg: str, name: str, title: str, text: str, tips: Mapping[str, str]) ->
     """The file of matplotlib as an element of a page."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = "".join(c if c.isprintable() else " " for c in svg)  # XML has no place for the others
     svg = svg.replace("xlink:href", "href")
     for gid, tip in tips.items():
         mark = f'<g id="{gid}">'
