@@ -178,8 +178,9 @@ def parts(entries: Sequence[Entry], *, draw: bool) -> Table:
         "Where the bytes go",
         ("job", "takes, GiB", *(f"{group}, GiB" for group in groups)),
         tuple(rows),
-        "At the fullest moment, on a card with room. Broken lines are what a process can have of "
-        f"each card; as {next(iter(jobs.values())).gpu.slug} runs it.",
+        f"At the fullest moment, on a card with room, as {next(iter(jobs.values())).gpu.slug} runs "
+        "it. Broken lines are what a process can have of each card, named by the size on its box; "
+        "cards beyond the right edge are not drawn. An arrow: the bar goes on.",
         _bars(jobs, entries) if draw else (),
     )
 
