@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UnknownNameError
-from vramplan.foretold import FILE_NAME, Foretold, read
+from vramplan.foretold import Foretold, Round, rounds
 from vramplan.gpus import Gpu, find_gpu
-from vramplan.job import Job
+from vramplan.job import recorded_job
 from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.report.page import Page, Table
@@ -47,14 +47,11 @@ class Row:
         record: The run.
         prediction: What the code says of it today.
         figures: What both have.
-        foretold: What was written down before the run was measured; None for runs that were
-            looked at while the model was made.
     """
 
     record: Record
     prediction: Prediction
     figures: tuple[Figure, ...]
-    foretold: Foretold | None = None
 
     def error(self, figure: str) -> float | None:
         """Relative error of one figure; None where it was not measured."""
@@ -75,7 +72,7 @@ def predicted(record: Record, *, evaluated: bool = False) -> Prediction:
         except UnknownNameError:
             gpu = None
     model = model_from_config(record.config, record.model)
-    job = Job.from_dict(record.job)
+    job = recorded_job(record)
     return predict(
         model,
         job.evaluated(record.run) if evaluated else job,
@@ -131,7 +128,8 @@ def evaluation_figures(record: Record) -> Iterator[Figure]:
 def phase_figures(record: Record, prediction: Prediction) -> Iterator[Figure]:
     """The peaks of the first step, of the phases of later ones and of a save, in bytes."""
     first = prediction.first_step_peak_allocated_bytes
-    yield Figure("first step", record.first_step_peak_allocated_bytes, first)
+    if first is not None:
+        yield Figure("first step", record.first_step_peak_allocated_bytes, first)
     for phase, size in prediction.phases().items():
         if phase not in BEFORE_TRAINING and phase in record.phases:
             yield Figure(phase, record.phases[phase].peak_allocated_bytes, size)
@@ -140,12 +138,11 @@ def phase_figures(record: Record, prediction: Prediction) -> Iterator[Figure]:
 def rows(folder: Path) -> list[Row]:
     """Every record of a calibration folder with its prediction, by name."""
     found = []
-    foretold = read(folder / FILE_NAME)
     for path in sorted((folder / "runs").glob("*.json")):
         record = read_record(path)
         prediction = predicted(record)
         compared = (*figures(record, prediction), *phase_figures(record, prediction))
-        found.append(Row(record, prediction, compared, foretold.get(record.name)))
+        found.append(Row(record, prediction, compared))
     return found
 
 
@@ -199,15 +196,15 @@ def summary(found: Sequence[Row]) -> Table:
     return Table("", ("figure", *SPREAD), tuple(lines))
 
 
-def beforehand(found: Sequence[Row]) -> Table:
+def beforehand(found: Sequence[Row], written: Round) -> Table:
     """The errors of what was written down before the runs were measured."""
     then = [
-        Row(row.record, row.prediction, figures(row.record, row.foretold))
+        Row(row.record, row.prediction, figures(row.record, written.predictions[row.record.name]))
         for row in found
-        if row.foretold is not None
+        if row.record.name in written.predictions
     ]
     return Table(
-        "Predicted before they were measured",
+        f"Predicted before they were measured, {written.created[:16].replace('T', ' ')} UTC",
         ("figure", *SPREAD),
         summary(then).rows,
         "The predictions were committed before the runs were made. These are the errors of the "
@@ -449,14 +446,17 @@ def accuracy_page(folder: Path) -> Page:
     return Page(
         f"Accuracy on {record.gpu.name}",
         f"Stock transformers.Trainer, random weights; driver {record.gpu.driver}, {versions}. "
-        f"Made by: vramplan accuracy. The runs by: {record.command}. They were looked at while "
-        "the block programs were written: none of them is held out. Errors are predicted over "
-        "measured, minus one.",
-        tuple(
-            make(found)
-            for make in (
-                summary, beforehand, too_low, groups, phases, left_out, emulated, limits, repeats,
-                paging, details,
-            )
+        f"Made by: vramplan accuracy. The runs by: {record.command}. All were looked at since; "
+        "what was predicted beforehand has tables of its own. Errors are predicted over measured, "
+        "minus one.",
+        (
+            summary(found),
+            *(beforehand(found, written) for written in rounds(folder)),
+            *(
+                make(found)
+                for make in (
+                    too_low, groups, phases, left_out, emulated, limits, repeats, paging, details,
+                )
+            ),
         ),
     )  # fmt: skip

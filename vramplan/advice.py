@@ -8,9 +8,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.errors import UsageError
+from vramplan.estimate import Estimate
 from vramplan.job import EVALUATION, Job
 from vramplan.model import Model
-from vramplan.prediction import Prediction, Verdict, judge, predict
+from vramplan.prediction import Prediction, Verdict, expandable, judge, predict, with_expandable
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
@@ -19,6 +20,8 @@ SEQ_STEP = 64
 MAX_BATCH = 1024
 MAX_RANK = 1024
 MAX_CHANGES = 3
+NOTICEABLE = 0.01
+VERDICTS = ("no", "tight", "fits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +81,46 @@ class Adviser:
         self.gpu = gpu
         own = judge(headline, name, usable_bytes)
         self._known: dict[Job, tuple[Prediction, Verdict]] = {job: (headline, own)}
-        self._bases = {_evaluation(job): headline}
+        self._bases = {(job.alloc_conf, *_evaluation(job)): headline}
 
     def try_job(self, job: Job) -> tuple[Prediction, Verdict]:
-        """Prediction and verdict of a variant."""
+        """Prediction and verdict of a variant.
+
+        Its share of cached memory is the headline's; with other segments, that of the headline
+        replayed with them.
+        """
         if job not in self._known:
-            base = self._base(_evaluation(job))
+            base = self._base(job)
             same = base.job == job
             prediction = base if same else predict(self.model, job, self.gpu, like=base)
             self._known[job] = prediction, judge(prediction, self.name, self.usable_bytes)
         return self._known[job]
 
-    def _base(self, evaluation: tuple[object, ...]) -> Prediction:
-        """The job with another evaluation, replayed: it caches quite other memory."""
-        if evaluation not in self._bases:
-            job = self.job.but(**dict(zip(EVALUATION, evaluation, strict=True)))
-            self._bases[evaluation] = predict(self.model, job, self.gpu)
-        return self._bases[evaluation]
+    def _base(self, job: Job) -> Prediction:
+        """The job asked about with another's evaluation and segments, replayed.
+
+        These cache quite other memory.
+        """
+        key = job.alloc_conf, *_evaluation(job)
+        if key not in self._bases:
+            fields = dict(zip(EVALUATION, _evaluation(job), strict=True))
+            if job.alloc_conf == self.job.alloc_conf:
+                self._bases[key] = predict(self.model, self.job.but(**fields), self.gpu)
+            else:
+                self._bases[key] = expandable(self._base(self.job.but(**fields)))
+        return self._bases[key]
+
+    def _may_gain_from_segments(self) -> bool:
+        """Whether expandable segments are worth a replay of their own, as long as all the rest.
+
+        They save at most what lies idle at the peak; a job that fits with more than that to spare
+        has no use for it.
+        """
+        if self.job.allocator_settings.expandable_segments:
+            return False
+        idle = self.headline.peak_reserved_bytes - self.headline.peak_allocated_bytes
+        own = self._known[self.job][1]
+        return own.verdict != VERDICTS[-1] or idle > own.headroom_bytes
 
     # -- what there is room for ----------------------------------------------------------------
 
@@ -123,6 +149,7 @@ class Adviser:
             return self.try_job(variant(value))[0].device_peak_bytes
 
         walked = self.headline.estimate
+        assert isinstance(walked, Estimate)
         if field == "lora_r":
             growing = 8 * walked.num_trainable  # fp32 adapters and their gradients
         else:
@@ -146,7 +173,7 @@ class Adviser:
         found = []
         for switch in self._candidates():
             tried = self._try(switch)
-            if tried is not None:
+            if tried is not None and self._matters(switch, *tried):
                 prediction, verdict = tried
                 found.append(
                     Advice(
@@ -171,6 +198,13 @@ class Adviser:
     def _candidates(self) -> Iterator[Switch]:
         """Switches that change this job, the gentlest first."""
         job = self.job
+        if self._may_gain_from_segments():
+            conf = with_expandable(job).alloc_conf
+            yield Switch(
+                f"--alloc-conf {conf}",
+                "PYTORCH_ALLOC_CONF: segments that grow",
+                (("alloc_conf", conf),),
+            )
         yield from evaluation_switches(job)
         if not job.gradient_checkpointing:
             yield Switch(
@@ -225,6 +259,15 @@ class Adviser:
                 (("gradient_checkpointing", False),),
             )
 
+    def _matters(self, switch: Switch, prediction: Prediction, verdict: Verdict) -> bool:
+        """Whether a switch is worth a line: the allocator's settings only where they help."""
+        if switch.fields[0][0] != "alloc_conf":
+            return True
+        own = self._known[self.job][1]
+        saved = self.headline.device_peak_bytes - prediction.device_peak_bytes
+        better = VERDICTS.index(verdict.verdict) > VERDICTS.index(own.verdict)
+        return better or saved > NOTICEABLE * self.headline.device_peak_bytes
+
     # -- what makes it fit -----------------------------------------------------------------------
 
     def fixes(self) -> list[Advice]:
@@ -234,6 +277,7 @@ class Adviser:
             for switch in self._candidates()
             if (tried := self._try(switch)) is not None
             and tried[0].device_peak_bytes < self.headline.device_peak_bytes
+            and self._matters(switch, *tried)
         ]
         for count in range(1, MAX_CHANGES + 1):
             found = []

@@ -389,8 +389,7 @@ class _Variants:
         start = own if peak(own) <= usable else min(step, own)
         if peak(start) > usable:
             return None
-        walked = self.headline.estimate
-        slope = (walked.peak_allocated_bytes - walked.static_bytes) / own
+        slope = (self.headline.peak_allocated_bytes - self.headline.ready_bytes) / own
         return search_largest(peak, usable, start, top, step, slope)
 
     def _peak(self, name: str, value: int) -> int:

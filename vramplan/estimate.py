@@ -17,12 +17,13 @@ from vramplan.errors import UsageError
 from vramplan.evaluate import EvaluationLoop
 from vramplan.families import Family, find_family
 from vramplan.families.common import Env
+from vramplan.formats import FP32
 from vramplan.forward import Forward
 from vramplan.job import Job
 from vramplan.layers import Built, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
 from vramplan.tape import Param, Storage, Tape, Tensor
-from vramplan.timeline import Kind, Phase, Timeline
+from vramplan.timeline import Kind, Peak, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
@@ -65,6 +66,10 @@ class Estimate:
     def timeline(self) -> Timeline:
         """Every allocation of the run."""
         return self.tape.timeline()
+
+    def peak(self) -> Peak:
+        """The fullest moment of the step."""
+        return self.timeline.peak()
 
 
 def num_cublaslt_threads(model: Model, job: Job) -> int:
@@ -150,7 +155,8 @@ class Step:
         self.job = job
         self.family = find_family(model.family)
         self.runs = runs_of(model.dims.kinds, num_lead_layers(model, job))
-        self.tape = Tape(job.autocast_dtype)
+        settings = job.allocator_settings
+        self.tape = Tape(job.autocast_dtype, settings.round_size if settings.rounds_up else None)
         self.tape.kind = Kind.WEIGHTS
         self.built = Built(self.tape, model, job, self.runs, from_checkpoint=from_checkpoint)
         self.env = Env(
@@ -182,8 +188,11 @@ class Step:
         static = t.live_bytes
         before = t.peak_bytes
         t.peak_bytes = 0
+        t.phase = Phase.FORWARD
+        batches = self._batches()
         for _ in range(min(self.job.gradient_accumulation_steps, 2)):
             self._micro_step()
+        del batches
         walk_peak = t.peak_bytes
         t.peak_bytes = 0
         self._optimizer_step()
@@ -251,21 +260,30 @@ class Step:
                 held.append(storage)
         return held
 
+    def _batches(self) -> list[Storage]:
+        """input_ids, attention_mask and labels, as the data loader moves them to the device.
+
+        Trainer fetches those of all micro-batches first, to count their labels.
+
+        Source: transformers 5.17.0 ``trainer.py`` (``get_batch_samples``).
+        """
+        nbytes, steps = round_block(self.job.tokens * 8), self.job.gradient_accumulation_steps
+        return [Storage(self.tape, nbytes, Kind.BATCH, "batch", steps) for _ in range(3)]
+
     def _micro_step(self) -> None:
         t, forward = self.tape, self.forward
         t.phase = Phase.FORWARD
-        batch = forward.batch()
         t.kind = Kind.ACTIVATIONS
         loss = forward.run()[0]
         t.phase = Phase.BACKWARD
         with t.no_autocast():
             self._backward(loss)
         del loss
+        t.drop_graph()
         self.env.kept = None
         if forward.leaf is not None:
             forward.leaf.release()
             forward.leaf = None
-        del batch
 
     def _backward(self, loss: Tensor) -> None:
         """Layer by layer, so that folded layers are folded here too."""
@@ -295,11 +313,17 @@ class Step:
     def _update(self, trainable: list[Param]) -> None:
         """The temporaries of the optimizer's step."""
         t, optimizer = self.tape, self.job.optimizer
-        if optimizer.loop_temporaries:  # one parameter after another: the largest decides
-            for param in sorted(trainable, key=lambda p: -p.numel)[:1]:
+        if optimizer.loop_temporaries:
+            # one parameter after another, first all that decay; a local of the loop still holds
+            # the last one's update while the next begins
+            decayed = [param for param in trainable if param.rows]
+            before = 0
+            for param in (*decayed, *(param for param in trainable if not param.rows)):
                 sizes = optimizer.step_temporaries(param.numel, param.dtype)
-                held = [Storage(t, nbytes, Kind.WORKSPACE, "optimizer") for nbytes in sizes]
+                update = round_block(param.numel * FP32.size)
+                held = [Storage(t, n, Kind.WORKSPACE, "optimizer") for n in (before, *sizes) if n]
                 del held
+                before = update
             return
         made: list[tuple[int, Storage]] = []
         for copies, params in groupby(trainable, key=lambda p: p.copies):

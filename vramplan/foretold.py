@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vramplan.errors import RecordError
 from vramplan.files import provenance
@@ -19,7 +19,7 @@ from vramplan.prediction import Prediction
 from vramplan.record import MAX_RECORD_BYTES
 
 SCHEMA_VERSION = 1
-FILE_NAME = "predictions.json"
+FILES = "predictions*.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +59,36 @@ def document(found: Iterable[tuple[str, Prediction]]) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> Mapping[str, Foretold]:
-    """The predictions of a file by the name of their run; none if there is no file.
+class Round(NamedTuple):
+    """What one file foretells.
+
+    Attributes:
+        created: When it was written, UTC, ISO 8601.
+        predictions: By the name of their run.
+    """
+
+    created: str
+    predictions: Mapping[str, Foretold]
+
+
+def rounds(folder: Path) -> list[Round]:
+    """Every round of predictions of a card's calibration folder, the earliest first."""
+    return sorted((read(path) for path in folder.glob(FILES)), key=lambda found: found.created)
+
+
+def read(path: Path) -> Round:
+    """The predictions of a file.
 
     Raises:
         RecordError: If the file is not such a file, or of a newer version.
     """
-    if not path.exists():
-        return {}
     try:
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise RecordError(f"{path} is too large for a file of predictions")
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema_version"] > SCHEMA_VERSION:
             raise RecordError(f"{path} has a newer schema_version than this vramplan reads")
-        return {name: Foretold(**numbers) for name, numbers in content["predictions"].items()}
+        found = {name: Foretold(**numbers) for name, numbers in content["predictions"].items()}
+        return Round(str(content["created"]), found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read as predictions: {error!r}") from None

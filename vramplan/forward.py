@@ -103,6 +103,7 @@ class Forward:
             with t.repeated(run.repeats):
                 for layer in layers:
                     hidden = self._layer(layer, hidden)
+                t.keep_output(hidden)
             self.marks.append(t.position)
         if built.final_norm is not None:
             hidden = self.family.norm(t, built.final_norm, hidden, env)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vramplan.alloc_conf import AllocatorSettings, parse_alloc_conf
 from vramplan.errors import UnknownNameError, UsageError
 from vramplan.formats import BF16, DTYPES, FP16, FP32, QUANT_FORMATS, Dtype, find_dtype
 from vramplan.optimizers import Optimizer, find_optimizer
+
+if TYPE_CHECKING:
+    from vramplan.record import Record
 
 METHODS = ("full", "lora", "qlora")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
@@ -54,6 +58,7 @@ class Job:
         quant_type: Format of quantised weights (qlora only).
         double_quant: Whether the scales are quantised too.
         prepare_kbit: Whether ``prepare_model_for_kbit_training`` is called.
+        alloc_conf: PYTORCH_ALLOC_CONF of the process; empty for PyTorch's defaults.
         num_gpus: GPUs of the run.
         sharding: How state is spread over them.
         evaluate: Whether Trainer evaluates while it trains (eval_strategy).
@@ -81,6 +86,7 @@ class Job:
     quant_type: str = "nf4"
     double_quant: bool = True
     prepare_kbit: bool = True
+    alloc_conf: str = ""
     num_gpus: int = 1
     sharding: str = "none"
     evaluate: bool = False
@@ -112,6 +118,7 @@ class Job:
         if self.method == "full" and self.modules_to_save:
             raise UsageError("--modules-to-save belongs to lora and qlora; full trains everything")
         find_optimizer(self.optimizer_name)
+        parse_alloc_conf(self.alloc_conf)
 
     def _check_evaluation(self) -> None:
         _between("--eval-batch-size", self.eval_batch_size, 1, MAX_BATCH)
@@ -154,6 +161,11 @@ class Job:
     def optimizer(self) -> Optimizer:
         """The optimizer's row in the table."""
         return find_optimizer(self.optimizer_name)
+
+    @property
+    def allocator_settings(self) -> AllocatorSettings:
+        """What ``alloc_conf`` says."""
+        return parse_alloc_conf(self.alloc_conf)
 
     @property
     def tokens(self) -> int:
@@ -203,6 +215,19 @@ class Job:
     def but(self, **changes: Any) -> Job:
         """The same job with some fields changed."""
         return replace(self, **changes)
+
+
+def recorded_job(record: Record) -> Job:
+    """The job of a record, under the allocator settings that were in force in its run.
+
+    Args:
+        record: The record; those made before there was ``alloc_conf`` have none in their job.
+
+    Raises:
+        UsageError: If a setting or a field is one that this version cannot plan with.
+    """
+    job = Job.from_dict(record.job)
+    return job.but(alloc_conf=record.allocator_settings) if record.allocator_settings else job
 
 
 def _short_name(dtype: str) -> str:

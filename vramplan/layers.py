@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 from vramplan import ops
@@ -176,11 +177,12 @@ class Norm:
 
 @dataclass(slots=True)
 class Embedding:
-    """An embedding table."""
+    """An embedding table; ``original`` is the one that a saved copy took the place of."""
 
     spec: EmbeddingSpec
     owner: str
     weight: Param
+    original: Param
 
 
 @dataclass(slots=True)
@@ -243,7 +245,13 @@ def _period(kinds: Sequence[str], start: int) -> tuple[int, int]:
 
 
 def num_lead_layers(model: Model, job: Job) -> int:
-    """Layers up to the first with something to train: later ones alone see a gradient's input."""
+    """Layers to write out before any is folded.
+
+    Up to the first with something to train: later ones alone see a gradient's input. Without
+    checkpointing those of adapters are followed by one of every kind: what that first layer leaves
+    (attention weights, tables that no node of its keeps) is let go of once, by the next, and the
+    tables are held by the first layer whose whole graph is there.
+    """
     arch = model.architecture
     names = resolve_targets(arch, job) | set(job.modules_to_save)
     parameters = parameter_targets(arch, job)
@@ -252,7 +260,10 @@ def num_lead_layers(model: Model, job: Job) -> int:
         if job.method == "full" or any(
             m.name in parameters or m.name.rsplit(".", 1)[-1] in names for m in modules
         ):
-            return index + 1
+            if job.method == "full" or job.gradient_checkpointing:
+                return index + 1
+            later = model.dims.kinds[index + 1 :]
+            return index + 1 + max((later.index(kind) + 1 for kind in set(later)), default=0)
     return 1
 
 
@@ -281,6 +292,8 @@ class Built:
         arch = model.architecture
         self.targets = resolve_targets(arch, job)
         self.parameter_targets = parameter_targets(arch, job)
+        if job.method != "full":
+            _refuse_idle(model, job, self.targets, self.parameter_targets)
         self.params: list[Param] = []
         self._to_cast: list[Param] = []
         self.trainable: list[Param] = []
@@ -401,16 +414,13 @@ class Built:
         return made
 
     def _cast_to_fp32(self) -> None:
-        """prepare_model_for_kbit_training: one parameter after another, then empty_cache.
-
-        The small parameters of the folded layers are fp32 from the start here; they are far from
-        deciding anything.
-        """
+        """prepare_model_for_kbit_training: one parameter after another, then empty_cache."""
         self.t.phase = Phase.PREPARE
-        for param in self._to_cast:
-            param.storage = Storage(
-                self.t, round_block(param.numel * param.dtype.size), Kind.WEIGHTS, param.owner
-            )
+        for copies, params in groupby(self._to_cast, key=lambda param: param.copies):
+            with self.t.repeated(copies):
+                for param in params:
+                    nbytes = round_block(param.numel * param.dtype.size)
+                    param.storage = Storage(self.t, nbytes, Kind.WEIGHTS, param.owner)
         self.t.empty_cache()
 
     def cast_biases(self) -> None:
@@ -449,7 +459,7 @@ class Built:
         if trainable is None:
             trainable = self.job.method == "full"
         loaded = self.job.weight_dtype
-        cast = kind is Kind.WEIGHTS and dtype is not loaded and copies == 1
+        cast = kind is Kind.WEIGHTS and dtype is not loaded
         moved = kind is Kind.ADAPTERS and not self.job.quantised  # cast by peft when all are there
         size = loaded.size if cast or moved else dtype.size
         storage = Storage(self.t, round_block(numel * size), kind, owner)
@@ -475,22 +485,22 @@ class Built:
 
     def _embedding(self, spec: EmbeddingSpec) -> Embedding:
         numel = spec.num_parameters
-        weight = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
+        weight = original = self._param(numel, spec.num_embeddings, self.plain_dtype, spec.name, 1)
         saved = self._saved_copy(spec.name)
         if saved:
             weight = self._adapter_param(numel, spec.num_embeddings, spec.name, 1, saved=True)
         for nbytes in spec.buffers * (1 + saved):  # the copy is one of the whole module
             self._hold(nbytes, Kind.WEIGHTS, "buffers")
         weight.embedding = True
-        return Embedding(spec, spec.name, weight)
+        return Embedding(spec, spec.name, weight, original)
 
     def _norm(self, spec: NormSpec, prefix: str, copies: int) -> Norm:
         owner = prefix + spec.name
         saved = self._saved_copy(spec.name)
         names = ("weight", "bias") if spec.bias else ("weight",)
-        made = [self._param(spec.size, 1, self.plain_dtype, owner, copies) for _ in names]
+        made = [self._param(spec.size, 0, self.plain_dtype, owner, copies) for _ in names]
         if saved:
-            made = [self._adapter_param(spec.size, 1, owner, copies, saved=True) for _ in names]
+            made = [self._adapter_param(spec.size, 0, owner, copies, saved=True) for _ in names]
         return Norm(spec, owner, made[0], made[1] if spec.bias else None)
 
     def _adapter_param(
@@ -515,14 +525,14 @@ class Built:
             layer = self._quantised(spec, owner, copies)
         else:
             weight = self._param(rows * columns, rows, self.plain_dtype, owner, copies)
-            bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
+            bias = self._param(rows, 0, self.plain_dtype, owner, copies) if spec.bias else None
             layer = Linear(spec, owner, weight, bias)
         return layer
 
     def _parameter(self, spec: ParameterSpec, prefix: str, copies: int) -> Parameter:
         owner = prefix + spec.name
         experts = spec.num_experts
-        rows, _columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, spec.shape[0])
+        rows, _columns = spec.shape[-2:] if len(spec.shape) > 1 else (0, spec.shape[0])
         first = experts * rows  # as a matrix of all experts' rows
         weight = self._param(spec.num_parameters, first, self.plain_dtype, owner, copies)
         weight.matrices = experts
@@ -549,7 +559,7 @@ class Built:
                 passing.append(Storage(self.t, scales, Kind.WEIGHTS, owner))
             self._hold(nbytes, Kind.WEIGHTS, owner)
         del passing
-        bias = self._param(rows, 1, self.plain_dtype, owner, copies) if spec.bias else None
+        bias = self._param(rows, 0, self.plain_dtype, owner, copies) if spec.bias else None
         layer = Linear(spec, owner, None, bias, job.quant_type, job.compute_dtype, job.weight_dtype)
         if fmt.block:
             layer.dequantised = dequantised_bytes(job, rows, columns)
@@ -592,7 +602,13 @@ class Built:
             layer.norms[spec.name] = self._norm(spec, prefix, copies)
 
     def _head(self, spec: LinearSpec) -> Linear:
-        """The output head: never quantised, never in all-linear, maybe tied."""
+        """The output head: never quantised, never in all-linear, maybe tied.
+
+        Peft's copy of one of two tied modules is its alone: the other keeps the frozen table.
+
+        Source: peft 0.21 ``utils/other.py`` (``ModulesToSaveWrapper``; ``ensure_weight_tying`` is
+        off by default).
+        """
         rows, columns = spec.out_features, spec.in_features
         saved = self._saved_copy(spec.name)
         if self.model.dims.tied and self.made_on_card:  # with a weight of its own until it is tied
@@ -600,21 +616,17 @@ class Built:
                 self.t, round_block(rows * columns * self.plain_dtype.size), Kind.WEIGHTS, spec.name
             )
             del untied
-        if self.model.dims.tied and not saved:
-            weight = self.embedding.weight
+        if self.model.dims.tied:
+            weight = self.embedding.original
         else:
-            weight = (
-                self.embedding.weight
-                if self.model.dims.tied
-                else self._param(rows * columns, rows, self.plain_dtype, spec.name, 1)
-            )
-            if saved:
-                weight = self._adapter_param(rows * columns, rows, spec.name, 1, saved=True)
+            weight = self._param(rows * columns, rows, self.plain_dtype, spec.name, 1)
+        if saved:
+            weight = self._adapter_param(rows * columns, rows, spec.name, 1, saved=True)
         bias = None
         if spec.bias:
-            bias = self._param(rows, 1, self.plain_dtype, spec.name, 1)
+            bias = self._param(rows, 0, self.plain_dtype, spec.name, 1)
             if saved:
-                bias = self._adapter_param(rows, 1, spec.name, 1, saved=True)
+                bias = self._adapter_param(rows, 0, spec.name, 1, saved=True)
         return Linear(spec, spec.name, weight, bias)
 
 
@@ -654,6 +666,25 @@ def resolve_targets(arch: Architecture, job: Job) -> frozenset[str]:
                 + ", ".join(sorted(known | replaced))
             )
     return frozenset(job.target_modules) - replaced
+
+
+def _refuse_idle(model: Model, job: Job, targets: frozenset[str], bare: frozenset[str]) -> None:
+    """Refuse adapters that no layer of the model has a place for.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    arch = model.architecture
+    blocks = (arch.block_of(kind) for kind in set(model.dims.kinds))
+    modules = [*arch.outside, arch.head, *(module for block in blocks for module in block)]
+    for module in modules:
+        linear = isinstance(module, LinearSpec) and module.name.rsplit(".", 1)[-1] in targets
+        if linear or module.name in bare:
+            return
+    raise UsageError(
+        f"--target-modules {', '.join(job.target_modules)}: no layer of {model.name} takes an "
+        "adapter by that name (peft adapts a model's fused experts instead, where it has some)"
+    )
 
 
 def parameter_targets(arch: Architecture, job: Job) -> frozenset[str]:

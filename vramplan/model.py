@@ -250,3 +250,45 @@ class Model:
     revision: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     warnings: Sequence[str] = ()
+
+    @property
+    def checkpoint_dtype(self) -> Dtype:
+        """Dtype of the checkpoint on disk."""
+        return self.dims.dtype
+
+    @property
+    def dimensions(self) -> dict[str, int | None]:
+        """The sizes that describe it, under transformers' names."""
+        return {
+            "num_hidden_layers": self.dims.num_layers,
+            "hidden_size": self.dims.hidden_size,
+            "vocab_size": self.dims.vocab_size,
+            "max_position_embeddings": self.dims.max_positions,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TracedModel:
+    """What a trace knows of a model of any family: no modules, no dimensions but a few.
+
+    Attributes:
+        name: Slug, path or hub id it was asked for by.
+        family: ``model_type`` of its config.
+        num_parameters: Parameters, tied ones once.
+        attention: The attention implementation that transformers chose for the job.
+        dimensions: Its sizes; None where the config has none.
+        checkpoint_dtype: Dtype of the checkpoint on disk.
+        repository: Hub repository, if known.
+        revision: Commit of the repository, if known.
+        warnings: What a user should know about how it was traced.
+    """
+
+    name: str
+    family: str
+    num_parameters: int
+    attention: str
+    dimensions: Mapping[str, int | None]
+    checkpoint_dtype: Dtype = BF16
+    repository: str | None = None
+    revision: str | None = None
+    warnings: Sequence[str] = ()

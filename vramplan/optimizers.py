@@ -54,7 +54,7 @@ class Optimizer:
 
         Args:
             numel: Elements of the parameter.
-            rows: Size of its first dimension (1 for a vector).
+            rows: Size of its first dimension (0 for a vector).
             dtype: dtype of the parameter.
             embedding: Whether it is an ``nn.Embedding``'s table, for which transformers keeps
                 8-bit optimizers in 32 bits.
@@ -64,9 +64,10 @@ class Optimizer:
             Bytes of each allocation on the device (unrounded), and bytes in managed memory.
         """
         if self.factored:
-            if rows > 1:
-                return [rows * 4, numel // rows * matrices * 4], 0
-            return [numel * 4], 0
+            rms = 4  # of the parameter, a tensor of one element
+            if rows:
+                return [rows * 4, numel // rows * matrices * 4, rms], 0
+            return [numel * 4, rms], 0
         if self.library != "bitsandbytes":
             size = dtype.size if self.state_bits == 0 else self.state_bits // 8
             return [numel * size] * self.num_states + [4] * self.step_on_device, 0
@@ -105,7 +106,8 @@ OPTIMIZERS = {
         Optimizer("adamw_torch", 2, foreach_temporaries=1),
         Optimizer("adamw_torch_fused", 2, step_on_device=True),
         Optimizer("sgd", 0),
-        Optimizer("adagrad", 1, foreach_temporaries=1),
+        # std, and the gradients times -lr
+        Optimizer("adagrad", 1, foreach_temporaries=2),
         Optimizer("rmsprop", 1, foreach_temporaries=1),
         # grad and parameter in fp32, grad² and either grad² + eps, the new update or its negative
         Optimizer("adafactor", 0, library="transformers", factored=True, loop_temporaries=4),

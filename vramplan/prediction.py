@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vramplan.estimate import DEFAULT_CAPABILITY, Estimate, estimate
 from vramplan.evaluate import host_bytes
 from vramplan.job import Job
 from vramplan.loading import load_peak_bytes, load_requests
-from vramplan.model import Model
+from vramplan.model import Model, TracedModel
 from vramplan.phases import first_step_peak, phase_peaks, save_bytes
 from vramplan.profile import Profile, profile_for
 from vramplan.replay import Replay, replay
-from vramplan.timeline import BEFORE_TRAINING, Kind, Peak, Phase
+from vramplan.timeline import BEFORE_TRAINING, Kind, Peak, Phase, Timeline
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
@@ -22,6 +22,30 @@ if TYPE_CHECKING:
 # Smallest limits that were really found lie at most so far above the replayed ones
 # (reports/accuracy.md); a verdict keeps this distance.
 LIMIT_MARGIN = 0.01
+EXPANDABLE = "expandable_segments:True"
+
+
+class Witness(Protocol):
+    """What the estimate and the trace both tell of a job, in bytes."""
+
+    @property
+    def ready_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def peak_allocated_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def load_peak_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def optimizer_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def paged_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def num_trainable(self) -> int: ...  # noqa: D102
+    @property
+    def flops(self) -> int | None: ...  # noqa: D102
+    @property
+    def timeline(self) -> Timeline: ...  # noqa: D102
+
+    def peak(self) -> Peak: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +53,7 @@ class Prediction:
     """All numbers of one job, in bytes.
 
     Attributes:
-        estimate: The walk behind it.
+        estimate: The walk behind it, or the trace.
         profile: The measured constants it uses.
         cache: What the caching allocator makes of the walk.
         process_bytes: What the process holds beyond reserved memory.
@@ -39,8 +63,8 @@ class Prediction:
     """
 
     job: Job
-    model: Model
-    estimate: Estimate
+    model: Model | TracedModel
+    estimate: Witness
     profile: Profile
     cache: ReplayedCache | SimilarCache
     process_bytes: int
@@ -68,6 +92,8 @@ class Prediction:
         Unsplit blocks count at their full size. Of six recorded loads of real checkpoints five
         agree to a KiB in allocated bytes and all in reserved ones (``tests/unit/test_loading.py``).
         """
+        if isinstance(self.model, TracedModel):  # a trace writes the load as it goes
+            return self.load_bytes, self.load_bytes
         allocator = replay(load_requests(self.model, self.job))
         return allocator.peak_allocated, allocator.peak_reserved
 
@@ -77,19 +103,30 @@ class Prediction:
         return max(self.load_bytes, self.estimate.load_peak_bytes)
 
     @property
-    def first_step_peak_allocated_bytes(self) -> int:
-        """Largest allocated in the first step: optimizer state and a workspace come during it."""
+    def first_step_peak_allocated_bytes(self) -> int | None:
+        """Largest allocated in the first step: optimizer state and a workspace come during it.
+
+        None from a trace, whose steps are told apart by nobody.
+        """
+        if not isinstance(self.estimate, Estimate):
+            return None
         return first_step_peak(self.estimate.timeline) + self.cache.slack_bytes
 
     @property
     def evaluate_peak_allocated_bytes(self) -> int | None:
         """Largest allocated in an evaluation; None for a job without."""
-        peak = self.estimate.evaluate_peak_bytes
+        walked = self.estimate
+        peak = walked.evaluate_peak_bytes if isinstance(walked, Estimate) else None
         return None if peak is None else peak + self.cache.slack_bytes
 
     @property
-    def save_peak_allocated_bytes(self) -> int:
-        """Largest allocated while a checkpoint is saved: nothing beside what is there already."""
+    def save_peak_allocated_bytes(self) -> int | None:
+        """Largest allocated while a checkpoint is saved: nothing beside what is there already.
+
+        None from a trace.
+        """
+        if not isinstance(self.estimate, Estimate) or not isinstance(self.model, Model):
+            return None
         held = self.estimate.static_bytes + save_bytes(self.model, self.job)
         return held + self.cache.slack_bytes
 
@@ -105,13 +142,14 @@ class Prediction:
         """Largest allocated in every phase, in bytes, in the order of a run."""
         walked = phase_peaks(self.estimate.timeline)
         slack = self.cache.slack_bytes
+        saved = self.save_peak_allocated_bytes
         return (
             {
                 Phase.LOAD.value: self.replayed_load()[0],
                 Phase.PREPARE.value: max(self.estimate.load_peak_bytes, self.ready_bytes),
             }
             | {p.value: n + slack for p, n in walked.items() if p not in BEFORE_TRAINING}
-            | {Phase.SAVE.value: self.save_peak_allocated_bytes}
+            | ({} if saved is None else {Phase.SAVE.value: saved})
         )
 
     @property
@@ -153,7 +191,8 @@ class Prediction:
     @property
     def host_ram_bytes(self) -> int:
         """Host memory of the process: all paged state evicted to it, evaluated logits kept."""
-        return self.profile.host_bytes + self.paged_bytes + host_bytes(self.model, self.job)
+        kept = host_bytes(self.model, self.job) if isinstance(self.model, Model) else 0
+        return self.profile.host_bytes + self.paged_bytes + kept
 
     @property
     def optimizer_file_bytes(self) -> int:
@@ -167,14 +206,19 @@ class Prediction:
 
     def breakdown(self) -> dict[Kind, int]:
         """Bytes by kind at the peak; they sum to ``peak_allocated_bytes``."""
-        parts = self.estimate.timeline.peak().by_kind
+        parts = self.estimate.peak().by_kind
         if self.cache.slack_bytes:
             parts[Kind.ROUNDING] = self.cache.slack_bytes
         return parts
 
     def peak(self) -> Peak:
         """The fullest moment and what is in it."""
-        return self.estimate.timeline.peak()
+        return self.estimate.peak()
+
+    @property
+    def witness(self) -> str:
+        """Who told: ``estimate`` or ``trace``."""
+        return "trace" if isinstance(self.model, TracedModel) else "estimate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,26 +303,65 @@ def predict(
     )
     cache: ReplayedCache | SimilarCache
     if like is None:
-        cache = ReplayedCache(Replay(walked.timeline), walked)
+        cache = ReplayedCache(Replay(walked.timeline, job.allocator_settings), walked)
     else:
         cache = SimilarCache(like, walked)
+    return conclude(model, job, walked, profile, cache, _load_bytes(model, job, like))
+
+
+def conclude(
+    model: Model | TracedModel,
+    job: Job,
+    told: Witness,
+    profile: Profile,
+    cache: ReplayedCache | SimilarCache,
+    load_bytes: int,
+) -> Prediction:
+    """The numbers that follow from what a witness tells and from a card's constants.
+
+    Args:
+        model: The model.
+        job: The job.
+        told: The estimate or the trace.
+        profile: The card's constants.
+        cache: What the caching allocator makes of it.
+        load_bytes: Largest allocated while the model is loaded.
+    """
     return Prediction(
         job=job,
         model=model,
-        estimate=walked,
+        estimate=told,
         profile=profile,
         cache=cache,
         process_bytes=profile.process_bytes(bitsandbytes=job.uses_bitsandbytes),
-        load_bytes=_load_bytes(model, job, like),
-        download_bytes=model.num_parameters * model.dims.dtype.size,
-        adapter_bytes=_saved_bytes(model, job, walked),
+        load_bytes=load_bytes,
+        download_bytes=model.num_parameters * model.checkpoint_dtype.size,
+        adapter_bytes=_saved_bytes(model, job, told),
     )
+
+
+def with_expandable(job: Job) -> Job:
+    """The job with ``expandable_segments:True`` beside its other settings."""
+    conf = job.alloc_conf
+    return job.but(alloc_conf=f"{conf},{EXPANDABLE}" if conf else EXPANDABLE)
+
+
+def expandable(prediction: Prediction) -> Prediction:
+    """The prediction of the same job with ``expandable_segments:True``, replayed.
+
+    Args:
+        prediction: One that was replayed itself.
+    """
+    assert isinstance(prediction.cache, ReplayedCache)
+    job = with_expandable(prediction.job)
+    replayed = prediction.cache.replayed.under(job.allocator_settings)
+    return replace(prediction, job=job, cache=ReplayedCache(replayed, prediction.estimate))
 
 
 class ReplayedCache:
     """What the caching allocator makes of a job, by replay."""
 
-    def __init__(self, replayed: Replay, walked: Estimate) -> None:
+    def __init__(self, replayed: Replay, walked: Witness) -> None:
         self.replayed = replayed
         self.ready_slack_bytes = replayed.ready_slack_bytes()
         self.slack_bytes = replayed.slack_bytes()
@@ -304,6 +387,7 @@ class SimilarCache:
         peak = walked.peak_allocated_bytes
         moving = max(0, peak - walked.static_bytes)
         other = like.estimate
+        assert isinstance(other, Estimate)
         other_moving = max(1, other.peak_allocated_bytes - other.static_bytes)
         idle = max(0, like.peak_reserved_bytes - other.peak_allocated_bytes)
         self.ready_slack_bytes = self.slack_bytes = 0
@@ -329,11 +413,11 @@ def _load_bytes(model: Model, job: Job, like: Prediction | None) -> int:
     return load_peak_bytes(model, job)
 
 
-def _saved_bytes(model: Model, job: Job, walked: Estimate) -> int:
+def _saved_bytes(model: Model | TracedModel, job: Job, told: Witness) -> int:
     """The saved adapter (fp32), or the whole model in its dtype."""
     if job.method == "full":
         return model.num_parameters * job.weight_dtype.size
-    return walked.num_trainable * 4
+    return told.num_trainable * 4
 
 
 def usable_bytes(gpu: Gpu) -> int | None:

@@ -222,7 +222,7 @@ class Record(_Part):
         job: Fields of ``vramplan.job.Job``, defaults resolved.
         run: How it was run.
         versions: Python, vramplan, torch and the libraries.
-        allocator_settings: PYTORCH_CUDA_ALLOC_CONF of the run, None when unset.
+        allocator_settings: PYTORCH_ALLOC_CONF in force in the run, None when unset.
         gpu: The card.
         status: How it ended.
         phase: Where it was when it ended.

@@ -2,46 +2,72 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable
+from copy import copy
+from itertools import takewhile
 
-from vramplan.allocator import SMALL_BUFFER, SMALL_SIZE, Block, CachingAllocator, OutOfMemory
+from vramplan.alloc_conf import DEFAULT_SETTINGS, AllocatorSettings
+from vramplan.allocator import Block, CachingAllocator, OutOfMemory
+from vramplan.expandable import allocator_for
 from vramplan.timeline import BEFORE_TRAINING, Event, Kind, Phase, Section, Timeline, handed_on
 
 Request = tuple[int, int]  # (block identity, bytes); negative bytes release it
 EMPTY_CACHE = 0  # marks: blocks of no bytes
 TRAINING_BEGINS = -1
+STEP_ENDS = -2
+_SPLIT = -3
 LIMIT_RESOLUTION = 32 * 1024**2
 
 
 class Replay:
     """A run's requests, ready to be served with and without a limit.
 
-    The large pool is replayed block by block. The small pool (requests up to 1 MiB) holds adapters,
-    statistics and other long-lived things in 2 MiB segments and is taken as full ones. Two steps
-    are replayed: workspaces and optimizer state, allocated during the first, shape what the second
-    one finds.
+    Args:
+        timeline: The run.
+        settings: The allocator's settings; the timeline's sizes are already rounded under them.
+        in_order: Whether it is written as it went, both steps of it (a trace), and not as one
+            steady step whose optimizer state comes first (an estimate).
+
+    Three steps are replayed: workspaces and optimizer state, allocated during the first, shape what
+    the second one finds, and what that had to give back, or left in pieces, shapes the third. Some
+    recorded runs under a limit end there. Of a trace it is the two that it has.
     """
 
-    def __init__(self, timeline: Timeline) -> None:
-        large, small = _split_pools(timeline)
-        self.small_bytes = -(-_peak(small) // SMALL_BUFFER) * SMALL_BUFFER
-        self.live_bytes = _peak(large)
-        self.requests = _in_order(large)
+    def __init__(
+        self,
+        timeline: Timeline,
+        settings: AllocatorSettings = DEFAULT_SETTINGS,
+        *,
+        in_order: bool = False,
+    ) -> None:
+        self.settings = settings
+        settled = _settled(timeline)
+        self.live_bytes = _peak(settled)
+        self.requests = unroll(settled) if in_order else _in_order(settled)
         self._roomy: CachingAllocator | None = None
+
+    def under(self, settings: AllocatorSettings) -> Replay:
+        """The same requests under other settings, which must round them alike."""
+        assert settings.roundup_power2_divisions == self.settings.roundup_power2_divisions
+        other = copy(self)
+        other.settings, other._roomy = settings, None
+        return other
 
     def roomy(self) -> CachingAllocator:
         """The allocator after the run on a card with room."""
         if self._roomy is None:
-            self._roomy = replay(self.requests)
+            self._roomy = replay(self.requests, settings=self.settings)
         return self._roomy
 
     def reserved_bytes(self) -> int:
         """Most it reserves, unhurried."""
-        return self.roomy().peak_reserved + self.small_bytes
+        return self.roomy().peak_reserved
 
     def ready_slack_bytes(self) -> int:
         """What unsplit blocks add to the allocated bytes when training is about to start."""
-        return self.roomy().ready_slack
+        ready = takewhile(lambda request: request[0] != TRAINING_BEGINS, self.requests)
+        return self.roomy().ready_allocated - sum(nbytes for _, nbytes in ready)
 
     def slack_bytes(self) -> int:
         """What unsplit blocks add to the allocated bytes at the peak."""
@@ -50,7 +76,7 @@ class Replay:
     def runs_within(self, limit: int) -> bool:
         """Whether the run succeeds when the allocator may reserve ``limit`` bytes."""
         try:
-            replay(self.requests, limit - self.small_bytes)
+            replay(self.requests, limit, self.settings)
         except OutOfMemory:
             return False
         return True
@@ -58,7 +84,7 @@ class Replay:
     def min_limit_bytes(self) -> int:
         """Smallest limit at which the run succeeds, to within 32 MiB or half a percent."""
         resolution = max(LIMIT_RESOLUTION, self.live_bytes // 200)
-        low = self.live_bytes + self.small_bytes - resolution
+        low = self.live_bytes - resolution
         high = self.reserved_bytes()
         while high - low > resolution:
             middle = (low + high) // 2
@@ -69,21 +95,18 @@ class Replay:
         return high
 
 
-def _split_pools(timeline: Timeline) -> tuple[Timeline, Timeline]:
-    """The events of the large and of the small pool; marks go where their block is."""
-    small_blocks = {e.block for e in timeline.events() if 0 < e.nbytes <= SMALL_SIZE}
-    large, small = [], []
+def _settled(timeline: Timeline) -> Timeline:
+    """The timeline without what only gives a block another purpose: it does not move."""
+    sections = []
     for section in timeline.sections:
-        pools: tuple[list[Event], list[Event]] = ([], [])
+        kept: list[Event] = []
         for event in section.events:
-            pool = pools[event.block in small_blocks]
-            if pool and event.nbytes > 0 and pool[-1][:2] == (event.block, -event.nbytes):
-                pool.pop()  # a block that got another purpose did not move
+            if kept and event.nbytes > 0 and kept[-1][:2] == (event.block, -event.nbytes):
+                kept.pop()
             else:
-                pool.append(event)
-        large.append(Section(tuple(pools[0]), section.repeats))
-        small.append(Section(tuple(pools[1]), section.repeats))
-    return Timeline(tuple(large)), Timeline(tuple(small))
+                kept.append(event)
+        sections.append(Section(tuple(kept), section.repeats))
+    return Timeline(tuple(sections))
 
 
 def _peak(timeline: Timeline) -> int:
@@ -102,9 +125,10 @@ def _peak(timeline: Timeline) -> int:
 
 
 def _in_order(timeline: Timeline) -> list[Request]:
-    """The requests as a run makes them: load, a first step, optimizer state, a second step.
+    """The requests as a run makes them: load, a first step and optimizer state; two more steps.
 
-    A run that evaluates does so behind the second step, and trains on in what that leaves.
+    A run that evaluates does so behind the second step, and trains on in what that leaves. A step's
+    requests can be asked for again: what it makes and does not release is never released.
     """
     marked = {e.block for e in timeline.events() if e.nbytes == 0 and e.block > 0}
     sizes = {e.block: e.nbytes for e in timeline.events() if e.nbytes > 0 and e.block in marked}
@@ -120,94 +144,124 @@ def _in_order(timeline: Timeline) -> list[Request]:
                 kept[event.kind is Kind.OPTIMIZER].append(event)
         for sections, events in zip((load, state, steps), kept, strict=True):
             sections.append(Section(tuple(events), section.repeats))
-    begin = Event(TRAINING_BEGINS, 0, Kind.BATCH, "", Phase.PREPARE)
-    load.append(Section((begin,)))
     evaluation = _of_phases(steps, {Phase.EVALUATE})
     walk = _of_phases(steps, set(Phase) - {Phase.STEP, Phase.EVALUATE})
     update = _of_phases(steps, {Phase.STEP})
-    first = unroll(Timeline((*load, *walk, *state, *update)))
-    second = [r for r in unroll(Timeline((*walk, *update))) if r[1] or r[0] <= 0]
-    top = max(identity for identity, _ in first)
-    requests = []
-    for identity, nbytes in first:
-        if nbytes or identity <= 0:
-            requests.append((identity, nbytes))
-        elif identity in marked:  # a workspace, at its first use
-            marked.remove(identity)
-            requests.append((top + identity, sizes[identity]))
-    top += max(sizes, default=0)
-    later = [second]
+    split = _mark(_SPLIT)
+    whole = (*load, _mark(TRAINING_BEGINS), split, *walk, split, *state, split, *update)
+    before, first_walk, made, last = _parts(unroll(Timeline(whole)))
+    step = [request for request in first_walk if request[1] or request[0] <= 0] + last
+    top = len(before) + len(first_walk) + len(made) + len(last)
+    first = list(before)
+    used: set[int] = set()
+    for block, nbytes in first_walk:
+        if nbytes or block <= 0:
+            first.append((block, nbytes))
+        elif block not in used:  # a workspace, at its first use
+            used.add(block)
+            first.append((top + block, sizes[block]))
+    first += made + last
     if any(section.events for section in evaluation):
-        later += [unroll(Timeline(tuple(evaluation))), second]
-    for part in later:
-        requests += [(identity + top if identity > 0 else identity, n) for identity, n in part]
-        top += max((identity for identity, _ in part), default=0)
-    return requests
+        top += max(sizes, default=0)
+        return [*first, *step, *unroll(_without(marked, evaluation), top), *step, *step]
+    end = [(STEP_ENDS, 0)]
+    return [*first, *end, *step, *end, *step]
+
+
+def _mark(block: int) -> Section:
+    return Section((Event(block, 0, Kind.BATCH, "", Phase.PREPARE),))
+
+
+def _parts(requests: list[Request]) -> list[list[Request]]:
+    """The requests between the marks that split them."""
+    ends = [n for n, request in enumerate(requests) if request[0] == _SPLIT] + [len(requests)]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    return [requests[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def _of_phases(sections: Iterable[Section], phases: Collection[Phase]) -> list[Section]:
     return [Section(tuple(e for e in s.events if e.phase in phases), s.repeats) for s in sections]
 
 
-def unroll(timeline: Timeline) -> list[Request]:
+def _without(marked: Collection[int], sections: Iterable[Section]) -> Timeline:
+    """Sections without the marks of blocks that are there already."""
+    return Timeline(
+        tuple(
+            Section(tuple(e for e in s.events if e.nbytes or e.block not in marked), s.repeats)
+            for s in sections
+        )
+    )
+
+
+def unroll(timeline: Timeline, fresh: int = 0) -> list[Request]:
     """Every request of a run in order, repeated sections and copies written out.
 
     Blocks that a repeated section leaves behind for a later one are released latest first: backward
     meets the layers in reverse. Blocks that one layer hands to the next (hidden states, their
     gradients) are matched by ``handed_on``.
+
+    Args:
+        timeline: The run.
+        fresh: A number below all identities.
     """
-    born: dict[int, list[int]] = {}  # block -> live identities, oldest first
+    born: defaultdict[int, list[int]] = defaultdict(list)  # block -> live identities, oldest first
     twins = handed_on(timeline)
     requests: list[Request] = []
     append = requests.append
-    fresh = 0
     for index, section in enumerate(timeline.sections):
         last = section.repeats - 1
+        events = [
+            (e.block, e.nbytes, e.copies, twins.get((index, e.block)) if last else None)
+            for e in section.events
+        ]
         for repetition in range(section.repeats):
-            for block, nbytes, _kind, _owner, _phase, copies in section.events:
+            for block, nbytes, copies, handed in events:
                 if nbytes > 0:
-                    live = born.setdefault(block, [])
+                    live = born[block]
                     for _ in range(copies):
                         fresh += 1
                         live.append(fresh)
                         append((fresh, nbytes))
-                    continue
-                if nbytes == 0:  # a mark, or a workspace's first use
+                elif nbytes == 0:  # a mark, or a workspace's first use
                     append((block, 0))
-                    continue
-                oldest = False
-                if last and (index, block) in twins:
-                    twin, oldest = twins[index, block]
+                elif handed is None:
+                    live = born[block]
+                    for _ in range(min(copies, len(live))):
+                        append((live.pop(), nbytes))
+                else:
+                    twin, oldest = handed
                     own = repetition == (0 if oldest else last)
                     live = born[block if own else twin]
-                    oldest = oldest and not own
-                else:
-                    live = born[block]
-                for _ in range(min(copies, len(live))):
-                    append((live.pop(0 if oldest else -1), nbytes))
+                    for _ in range(min(copies, len(live))):
+                        append((live.pop(0 if oldest and not own else -1), nbytes))
     return requests
 
 
-def replay(requests: Iterable[Request], limit: int | None = None) -> CachingAllocator:
+def replay(
+    requests: Iterable[Request],
+    limit: int | None = None,
+    settings: AllocatorSettings = DEFAULT_SETTINGS,
+) -> CachingAllocator:
     """Run requests through a fresh allocator.
 
     Raises:
         OutOfMemory: If ``limit`` does not hold them.
     """
-    allocator = CachingAllocator(limit)
+    allocator = allocator_for(settings, limit)
     live: dict[int, Block] = {}
-    asked = 0
-    malloc, free = allocator.malloc, allocator.free
+    malloc, free, release = allocator.malloc, allocator.free, live.pop
+    taken = 0
     for identity, nbytes in requests:
         if nbytes > 0:
             live[identity] = malloc(nbytes)
-            asked += nbytes
-        elif nbytes < 0:
-            free(live.pop(identity))
-            asked += nbytes
+        elif nbytes:
+            free(release(identity))
         elif identity == EMPTY_CACHE:
             allocator.empty_cache()
+        elif identity == TRAINING_BEGINS:
+            allocator.ready_allocated = allocator.peak_allocated = allocator.allocated
         else:
-            allocator.ready_slack = allocator.allocated - asked
-            allocator.peak_allocated = allocator.allocated
+            before, taken = taken, allocator.num_large_segments
+            if taken == before:
+                break  # a step that found room for all it asked for leaves that to the next
     return allocator

@@ -40,6 +40,8 @@ class Storage:
     __slots__ = ("block", "copies", "kind", "nbytes", "owner", "tape")
 
     def __init__(self, tape: Tape, nbytes: int, kind: Kind, owner: str, copies: int = 1) -> None:
+        if tape.round_size is not None:
+            nbytes = tape.round_size(nbytes)
         self.tape = tape
         self.nbytes = nbytes
         self.kind = kind
@@ -105,7 +107,7 @@ class Param(Tensor):
         self.grad: Tensor | None = None
         self.owner = owner
         self.copies = copies
-        self.rows = 1
+        self.rows = 0
         self.matrices = 1
         self.embedding = False
         self.pending: Tensor | None = None  # AccumulateGrad's input buffer
@@ -188,10 +190,17 @@ class Tape:
 
     Args:
         autocast: Low-precision dtype of the autocast context, None when there is none.
+        round_size: What the allocator makes of a size that is rounded to 512 bytes, None when it
+            leaves it as it is.
     """
 
-    def __init__(self, autocast: Dtype | None = None) -> None:
+    def __init__(
+        self,
+        autocast: Dtype | None = None,
+        round_size: Callable[[int], int] | None = None,
+    ) -> None:
         self.autocast = autocast
+        self.round_size = round_size
         self.low_precision = autocast
         self.phase = Phase.LOAD
         self.owner = ""
@@ -211,6 +220,10 @@ class Tape:
         self._in_autocast = False
         self._ready: list[tuple[int, int, Node]] = []
         self._awaited: dict[tuple[str, bool], int] = {}
+        self._repeats = 1
+        self._section_start = 0  # blocks made before the section now open
+        self._kept: list[tuple[Storage, int]] = []
+        self._keeps_input = False
 
     @property
     def position(self) -> int:
@@ -243,7 +256,10 @@ class Tape:
         start, before = self.live_bytes, self.peak_bytes
         work = self.flops, self.moved_bytes
         self.peak_bytes = start
+        self._repeats, self._section_start = repeats, self.num_blocks
+        self._keeps_input = False
         yield
+        self._repeats = 1
         more = repeats - 1
         change = self.live_bytes - start
         self.peak_bytes = max(before, self.peak_bytes + max(0, change) * more)
@@ -270,7 +286,12 @@ class Tape:
         self._awaited[library, backward] = block
 
     def use(self, library: str) -> None:
-        """The thread at work calls ``cublas`` or ``cublaslt``."""
+        """The thread at work calls ``cublas`` or ``cublaslt``, whose handle is cuBLAS's own.
+
+        Source: torch 2.11 ``cuda/CublasHandlePool.cpp`` (``getCurrentCUDABlasLtHandle``).
+        """
+        if library == "cublaslt":
+            self.use("cublas")
         block = self._awaited.pop((library, self.phase is Phase.BACKWARD), None)
         if block is not None:
             self.events.append((block, 0, Kind.WORKSPACE, library, self.phase, 1))
@@ -310,8 +331,10 @@ class Tape:
         """
         frame = self._refilling
         if frame is not None:
-            for tensor in tensors:
-                frame.holders[frame.cursor].value = tensor
+            for tensor in tensors:  # detached: nothing of the graph of the recomputation stays
+                frame.holders[frame.cursor].value = Tensor(
+                    tensor.storage, tensor.numel, tensor.dtype
+                )
                 frame.cursor += 1
             if frame.cursor == frame.num_saved:
                 raise StopRecomputation
@@ -430,6 +453,32 @@ class Tape:
             # layers go now too
             if _getrefcount(cast) <= 3 and _getrefcount(storage) <= 3:
                 storage.copies = param.copies
+
+    def keep_with_graph(self, x: Tensor) -> None:
+        """Hold a tensor until the whole graph goes, as an attribute of a node's ``ctx`` does.
+
+        The graph of a recomputation goes at its end, with its last holder.
+        """
+        storage = x.storage
+        if self._refilling is None and storage is not None:
+            own = storage.block > self._section_start
+            self._kept.append((storage, self._repeats if own else 1))
+            self._keeps_input |= not own
+
+    def keep_output(self, out: Tensor) -> None:
+        """Hold what a repeated section hands on if it kept what it was handed itself.
+
+        Known limitations:
+            The last repetition's is held as well, whether the next section keeps it or not.
+        """
+        if self._keeps_input and self._repeats > 1:
+            self.keep_with_graph(out)
+
+    def drop_graph(self) -> None:
+        """The loss goes, and with it every node; folded layers let go of theirs all at once."""
+        kept, self._kept = self._kept, []
+        for storage, copies in kept:
+            storage.copies = max(storage.copies, copies)
 
     # -- autograd: backward -----------------------------------------------------------------------
 

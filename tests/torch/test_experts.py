@@ -48,8 +48,10 @@ JOBS = {
 TOLERANCE = 0.0005
 
 
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "kept"])
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [*((name, True) for name in JOBS), *((name, False) for name in ("full", "lora", "qlora"))],
+)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_agrees_with_the_trace(family: str, name: str, checkpointing: bool) -> None:
     config = {"model_type": family, **CONFIGS[family]}

@@ -219,8 +219,8 @@ def test_what_clearing_the_workspaces_frees_is_workspace() -> None:
 def test_segments_lie_between_the_events() -> None:
     story = Story().at("forward", MLP, inside=True).segment("alloc", 2**21).alloc("a").alloc("b")
     story.segment("alloc", 2**25).alloc("c").free("a").keep().segment("free", 2**21)
-    story.segment("map", 7).alloc("late").segment("alloc", 2**30).stop()
-    assert story.tap.timeline()[1] == [(0, 2**21), (2, 2**25), (4, -(2**21))]
+    story.segment("map", 2**22).alloc("late").segment("alloc", 2**30).stop()
+    assert story.tap.timeline()[1] == [(0, 2**21), (2, 2**25), (4, -(2**21)), (4, 2**22)]
 
 
 def test_without_a_gpu_the_timeline_is_empty() -> None:

@@ -13,7 +13,6 @@ JOBS = {
     "full": Job(method="full"),
     "lora": Job(method="lora"),
     "qlora": Job(),
-    "qlora-unprepared": Job(prepare_kbit=False),
 }
 SMALL = (
     "gpt-j-6b",
@@ -44,6 +43,7 @@ SMALL = (
     "qwen3-30b-a3b",
 )
 VARIANTS = {
+    "unprepared": Job(prepare_kbit=False),
     "int8": Job(quant_type="int8"),
     "fp4": Job(quant_type="fp4", double_quant=False),
     "fp32": Job(method="lora", dtype="fp32"),

@@ -95,7 +95,8 @@ FOLDED = {
 def test_folded_layers_are_what_all_layers_are(name: str) -> None:
     config, job = {**LLAMA, "num_hidden_layers": 5}, FOLDED[name]
     folded, whole = trace(config, job), trace(config, job, fold=False)
-    assert {section.repeats for section in folded.timeline.sections} == {1, 3}
+    repeats = 2 if name == "lora-kept" else 3  # without its gradient the first layer is unlike
+    assert {section.repeats for section in folded.timeline.sections} == {1, repeats}
     assert all(term.measured == term.predicted for term in compare(folded.timeline, whole.timeline))
     for field in ("ready_bytes", "peak_allocated_bytes", "paged_bytes", "num_trainable",
                   "num_parameters", "dimensions"):  # fmt: skip

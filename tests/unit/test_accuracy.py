@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vramplan.accuracy import accuracy_page, repeats, rows, summary
+from vramplan import foretold
+from vramplan.accuracy import accuracy_page, beforehand, repeats, rows, summary
 from vramplan.cli.accuracy import FORMS, form
 from vramplan.cli.measured import print_run, read_timeline
+from vramplan.errors import RecordError
+from vramplan.ratchet import read_errors, worse
 from vramplan.record import read_record
 from vramplan.report.page import Page, Table, table_to_markdown, to_html, to_markdown
 from vramplan.resources import profiles_dir
@@ -27,6 +30,67 @@ def test_committed_report_is_up_to_date() -> None:
     for suffix in FORMS:
         committed = (ROOT / "reports" / f"accuracy{suffix}").read_text(encoding="utf-8")
         assert form(page, suffix) == committed
+
+
+def test_no_figure_got_worse_than_committed() -> None:
+    assert worse(ROWS, read_errors(ROOT / "reports" / "accuracy.csv")) == []
+
+
+def test_a_figure_that_got_worse_is_named() -> None:
+    """Half a percent better before: the change is found, and on which figure."""
+    committed = read_errors(ROOT / "reports" / "accuracy.csv")
+    name = max(committed["peak reserved"], key=lambda run: abs(committed["peak reserved"][run]))
+    error = committed["peak reserved"][name]
+    committed["peak reserved"] = {name: error / 2}
+    found = worse(ROWS, {"peak reserved": committed["peak reserved"]})
+    assert {each.statistic for each in found} >= {"median", "90 % within", "worst"}
+    assert str(found[0]).startswith("peak reserved, median: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "cannot be read"),
+        ("run,a\nx,1\n", "is not an accuracy record"),
+        ('run,"ready, MiB",error\nx,1.0,much\n', "cannot be read"),
+        ('run,"ready, MiB",error\nx\n', "cannot be read"),
+        ("\0", "is not an accuracy record"),
+    ],
+)
+def test_a_broken_record_is_no_ratchet(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "record.csv"
+    path.write_text(text)
+    with pytest.raises(RecordError, match=words):
+        read_errors(path)
+
+
+def test_predictions_written_beforehand_are_compared_as_they_stood() -> None:
+    """The table holds the committed numbers, not today's."""
+    for written in foretold.rounds(FOLDER):
+        table = {row[0]: row for row in beforehand(ROWS, written).rows}
+        names = {row.record.name for row in ROWS} & written.predictions.keys()
+        assert len(names) >= 20 and int(table["peak allocated"][1]) <= len(names)
+        name = table["peak reserved"][-1]
+        record = next(row.record for row in ROWS if row.record.name == name)
+        assert record.peak_reserved_bytes is not None
+        error = written.predictions[name].peak_reserved_bytes / record.peak_reserved_bytes - 1
+        assert f"{100 * error:+.2f} %" == table["peak reserved"][-2]
+
+
+def test_predicting_a_matrix_leaves_out_what_is_measured(tmp_path: Path) -> None:
+    matrix = tmp_path / "matrix.toml"
+    matrix.write_text(
+        '[[run]]\nmodel = "gpt-j-6b"\nbatch_size = 4\n[[run]]\nmodel = "pythia-70m"\n'
+    )
+    out = tmp_path / "predictions.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "vramplan.cli", "accuracy", "--predict", matrix, "-o", out],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(foretold.read(out).predictions) == {"pythia-70m-qlora-1x1024"}
 
 
 def test_readme_quotes_the_summary() -> None:

@@ -126,6 +126,38 @@ def test_says_what_it_took_and_left(arguments: tuple[str, ...], words: str) -> N
     assert words in run.stderr if words else run.stderr == ""
 
 
+TIGHT = ("gpt-j-6b", "--gpu", "rtx-3060-12gb", "--batch-size", "4")
+EXPANDABLE = ("--alloc-conf", "expandable_segments:True")
+
+
+def test_the_allocators_settings_are_advice_and_an_answer() -> None:
+    tight = json.loads(vramplan("fit", *TIGHT, "--json").stdout)
+    (advised,) = [
+        advice
+        for advice in tight["advice"]
+        if advice["kind"] == "fix" and advice["change"] == " ".join(EXPANDABLE)
+    ]
+    fits = json.loads(vramplan("fit", *TIGHT, *EXPANDABLE, "--json").stdout)
+    assert (tight["verdicts"][0]["verdict"], fits["verdicts"][0]["verdict"]) == ("tight", "fits")
+    assert fits["prediction"]["device_peak_bytes"] == advised["device_peak_bytes"]
+    assert fits["job"]["alloc_conf"] == EXPANDABLE[1]
+    assert not [advice for advice in fits["advice"] if "expandable" in advice["change"]]
+
+
+def test_the_allocators_settings_are_no_advice_where_they_save_nothing() -> None:
+    document = json.loads(vramplan("fit", "llama-3.1-8b", "--gpu", "4090", "--json").stdout)
+    assert not [advice for advice in document["advice"] if "alloc" in advice["change"]]
+
+
+def test_wrong_allocator_settings_name_the_nearest() -> None:
+    run = vramplan("fit", *TIGHT, "--alloc-conf", "expandable_segment:True")
+    assert run.returncode == 2
+    assert run.stderr.startswith(
+        "error: unknown setting in --alloc-conf 'expandable_segment'; did you mean "
+        "expandable_segments"
+    )
+
+
 def test_options_to_copy_stay_whole() -> None:
     run = vramplan("fit", "llama-3.1-8b", "--gpu", "t4-16gb", "--batch-size", "8", COLUMNS="80")
     rows = [line.split("  ")[0] for line in run.stdout.splitlines() if line.startswith("--")]

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vramplan.errors import RecordError, UsageError
-from vramplan.job import Job
+from vramplan.job import Job, recorded_job
 from vramplan.measure import sweep
 from vramplan.measure.spec import RunSpec, expand, read_matrix, repeated, run_name
 from vramplan.measure.sweep import Work, exit_code, finished, unused_name
 from vramplan.record import write_record
 from vramplan.units import GIB, MIB
+
+EXPANDABLE = "expandable_segments:True"
 
 # -- names -----------------------------------------------------------------------------------------
 
@@ -38,6 +40,12 @@ from vramplan.units import GIB, MIB
             Job(target_modules=("q_proj", "v_proj")),
             {},
             "m-qlora-1x1024-targets-q-proj+v-proj",
+        ),
+        (
+            "m",
+            Job(alloc_conf="expandable_segments:True,max_split_size_mb:64"),
+            {},
+            "m-qlora-1x1024-expandable-segments-true-max-split-size-mb-64",
         ),
         ("m", Job(), {"limit_bytes": 12 * GIB}, "m-qlora-1x1024-limit12288"),
         ("m", Job(), {"emulated_gpu": "t4-16gb", "limit_bytes": None}, "m-qlora-1x1024-as-t4-16gb"),
@@ -246,6 +254,35 @@ def test_a_matrix_that_is_not_there(tmp_path: Path) -> None:
 def test_is_run_of(change: dict[str, Any], same: bool) -> None:
     spec = spec_of(target_modules=["dense"])
     assert replace(spec, **change).is_run_of(record_of(spec)) is same
+
+
+def test_records_without_allocator_settings_are_still_runs_of_theirs() -> None:
+    spec = spec_of()
+    record = record_of(spec)
+    older = record.model_copy(
+        update={"job": {k: v for k, v in record.job.items() if k != "alloc_conf"}}
+    )
+    assert spec.is_run_of(older)
+    assert not replace(spec, job=spec.job.but(alloc_conf=EXPANDABLE)).is_run_of(older)
+    job = spec.job.but(optim=spec.job.optimizer_name)
+    assert recorded_job(older) == job
+    under = older.model_copy(update={"allocator_settings": EXPANDABLE})
+    assert recorded_job(under) == job.but(alloc_conf=EXPANDABLE)
+
+
+def test_a_matrix_sweeps_over_allocator_settings(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.toml"
+    path.write_text(f'[[run]]\nmodel = "pythia-70m"\nalloc_conf = ["", "{EXPANDABLE}"]\n')
+    (row,) = read_matrix(path, SHARED)
+    assert [spec.job.alloc_conf for spec in row.specs] == ["", EXPANDABLE]
+    assert row.specs[1].name == "pythia-70m-qlora-1x1024-expandable-segments-true"
+
+
+def test_a_matrix_refuses_wrong_allocator_settings(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.toml"
+    path.write_text('[[run]]\nmodel = "pythia-70m"\nalloc_conf = "max_split_size_mb:5"\n')
+    with pytest.raises(UsageError, match="run 1: --alloc-conf max_split_size_mb must be at least"):
+        read_matrix(path, SHARED)
 
 
 @pytest.mark.parametrize(

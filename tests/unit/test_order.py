@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from vramplan.allocator import SMALL_SIZE
+from vramplan.alloc_conf import SMALL_SIZE
 from vramplan.catalogue import model_from_config
 from vramplan.cli.measured import read_timeline
 from vramplan.estimate import estimate

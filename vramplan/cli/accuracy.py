@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vramplan import foretold
-from vramplan.accuracy import accuracy_page
+from vramplan.accuracy import accuracy_page, rows
 from vramplan.catalogue import model_from_config
 from vramplan.cli import app
 from vramplan.cli.options import check_outputs
@@ -22,6 +22,7 @@ from vramplan.measure.spec import RunSpec, read_matrix
 from vramplan.prediction import Prediction
 from vramplan.prediction import predict as predict_job
 from vramplan.profile import REFERENCE_GPU
+from vramplan.ratchet import read_errors, worse
 from vramplan.report.page import Page, to_csv, to_html, to_markdown
 from vramplan.resources import profiles_dir
 
@@ -54,6 +55,15 @@ def accuracy(
             show_default=False,
         ),
     ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check",
+            metavar="CSV",
+            help="Compare with a committed record: exit code 1 if any figure got worse.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
     """How right the predictions are, from recorded runs."""
@@ -67,6 +77,12 @@ def accuracy(
         for path in output or []:
             write_text(path, text)
         return
+    if check is not None:
+        grown = worse(rows(folder), read_errors(check))
+        for line in grown:
+            print(line)
+        print("no figure got worse" if not grown else f"worse than {check}", file=sys.stderr)
+        raise typer.Exit(1 if grown else 0)
     page = accuracy_page(folder)
     if not output:
         print(to_markdown(page), end="")
@@ -83,7 +99,7 @@ def unmeasured(folder: Path, matrix: Path) -> Iterator[tuple[str, Prediction]]:
         for spec in row.specs:
             if not (folder / "runs" / f"{spec.name}.json").exists():
                 model = model_from_config(spec.config, spec.model)
-                yield spec.name, predict_job(model, spec.job, card)
+                yield spec.name, predict_job(model, spec.job, card, random_weights=True)
 
 
 def form(page: Page, suffix: str) -> str:

@@ -10,33 +10,31 @@ from vramplan.advice import Advice
 from vramplan.estimate import attention_of
 from vramplan.families import find_family
 from vramplan.job import Job
-from vramplan.model import Model
+from vramplan.model import Model, TracedModel
 from vramplan.prediction import Prediction, Verdict
 
 SCHEMA_VERSION = 1
 
 
-def job_document(model: Model, job: Job) -> dict[str, Any]:
+def job_document(model: Model | TracedModel, job: Job) -> dict[str, Any]:
     """The job with its defaults resolved."""
-    return asdict(job) | {
-        "optim": job.optimizer_name,
-        "attn_implementation": attention_of(find_family(model.family), job, model),
-    }
+    attention = (
+        attention_of(find_family(model.family), job, model)
+        if isinstance(model, Model)
+        else model.attention
+    )
+    return asdict(job) | {"optim": job.optimizer_name, "attn_implementation": attention}
 
 
-def model_document(model: Model) -> dict[str, Any]:
+def model_document(model: Model | TracedModel) -> dict[str, Any]:
     """What the model is."""
-    dims = model.dims
     return {
         "name": model.name,
         "family": model.family,
         "num_parameters": model.num_parameters,
         "repository": model.repository,
         "revision": model.revision,
-        "num_hidden_layers": dims.num_layers,
-        "hidden_size": dims.hidden_size,
-        "vocab_size": dims.vocab_size,
-        "max_position_embeddings": dims.max_positions,
+        **model.dimensions,
     }
 
 
@@ -44,7 +42,7 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
     """Every number, in bytes; null is "not known"."""
     profile = prediction.profile
     return {
-        "witness": "estimate",
+        "witness": prediction.witness,
         "ready_bytes": prediction.ready_bytes,
         "peak_allocated_bytes": prediction.peak_allocated_bytes,
         "peak_reserved_bytes": prediction.peak_reserved_bytes,
@@ -90,7 +88,7 @@ def prediction_keys() -> tuple[str, ...]:
 
 
 def document(
-    model: Model,
+    model: Model | TracedModel,
     job: Job,
     prediction: Prediction,
     verdicts: Sequence[Verdict] = (),

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.cli.lengths import (
@@ -18,7 +17,8 @@ from vramplan.cli.lengths import (
     print_lengths,
 )
 from vramplan.job import Job
-from vramplan.prediction import Prediction, job_for, predict, usable_bytes
+from vramplan.model import Model
+from vramplan.prediction import Prediction, job_for, usable_bytes
 from vramplan.units import format_bytes, format_count
 
 
@@ -31,6 +31,7 @@ def estimate(
         str | None, typer.Option(help="Card whose constants to use.", show_default=False)
     ] = None,
     job: Job,
+    witness: o.WitnessOption = "estimate",
     max_seq_len_of: LengthsOption = None,
     context: typer.Context,
     plot: o.PlotOption = None,
@@ -39,11 +40,10 @@ def estimate(
     explain: o.ExplainOption = False,
 ) -> None:
     """The numbers of one job: memory by kind, host RAM and disk."""
-    found = find_model(model)
     planned = None
     if max_seq_len_of is not None:
         planned, job = plan(max_seq_len_of, job, context)
-    o.check_length(found, job)
+    ask = o.predictor(model, job, witness)
     card = None
     if gpu is not None:
         from vramplan.gpus import find_gpu  # noqa: PLC0415 - the catalogue takes a while to read
@@ -52,10 +52,11 @@ def estimate(
     if plot is not None:
         o.check_plot(plot, force=force)
     job = job_for(job, card)
-    prediction = predict(found, job, card)
+    prediction = ask(job, card)
+    found = prediction.model
     usable = usable_bytes(card) if card is not None and planned is not None else None
     ceilings = []
-    if card is not None and usable is not None:
+    if card is not None and usable is not None and isinstance(found, Model):
         ceilings.append(longest_fitting(found, prediction, card.slug, usable, card))
     if plot is not None:
         from vramplan.cli.plots import plot_job  # noqa: PLC0415
@@ -91,6 +92,7 @@ def print_numbers(prediction: Prediction) -> None:
     out.print(
         f"{model.name} ({format_count(model.num_parameters)} parameters), {job.method}, "
         f"batch {job.batch_size} x {job.seq_len} tokens"
+        + (", traced" if prediction.witness == "trace" else "")
     )
     out.print()
     table = output.plain_table(("number", "left"), ("bytes", "right"), ("what it is", "left"))

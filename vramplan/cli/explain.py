@@ -9,18 +9,21 @@ from rich.console import Console
 from rich.text import Text
 
 from vramplan.families import find_family
-from vramplan.model import LinearSpec
+from vramplan.model import LinearSpec, Model, TracedModel
 from vramplan.prediction import Prediction
-from vramplan.timeline import Kind
+from vramplan.timeline import Kind, Peak
 from vramplan.units import format_bytes
 
 MAX_OWNERS = 12
 
 
 def print_explanation(out: Console, prediction: Prediction) -> None:
-    """Print the terms of the peak, then its largest owners."""
+    """Print the terms of the peak, then its largest owners; of a trace the owners alone."""
     parts = prediction.breakdown()
     out.print()
+    if isinstance(prediction.model, TracedModel):
+        print_owners(out, prediction.peak())
+        return
     out.print(Text("Where each term comes from", style="bold"))
     for kind, size in sorted(parts.items(), key=lambda item: -item[1]):
         out.print(f"{kind.value.replace('_', ' ')}: {format_bytes(size)}")
@@ -28,16 +31,22 @@ def print_explanation(out: Console, prediction: Prediction) -> None:
             out.print(Text("  " + line, style="dim"))
     out.print(f"sum: {format_bytes(sum(parts.values()))} = peak allocated")
     out.print()
-    out.print(Text("Largest owners at the peak", style="bold"))
-    owners = sorted(prediction.peak().by_owner.items(), key=lambda item: -item[1])
-    for owner, size in owners[:MAX_OWNERS]:
-        out.print(f"{format_bytes(size):>12}  {owner}")
+    print_owners(out, prediction.peak())
     family = find_family(prediction.model.family)
     out.print(Text(f"Block program: {family.source}", style="dim"))
 
 
+def print_owners(out: Console, peak: Peak) -> None:
+    """The largest owners at the peak."""
+    out.print(Text("Largest owners at the peak", style="bold"))
+    owners = sorted(peak.by_owner.items(), key=lambda item: -item[1])
+    for owner, size in owners[:MAX_OWNERS]:
+        out.print(f"{format_bytes(size):>12}  {owner}")
+
+
 def _formula(kind: Kind, prediction: Prediction) -> list[str]:
     model, job = prediction.model, prediction.job
+    assert isinstance(model, Model)
     d = model.dims
     tokens = f"{job.batch_size} x {job.seq_len}"
     arch = model.architecture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -10,7 +11,6 @@ from rich.console import Console
 from rich.text import Text
 
 from vramplan.advice import Advice, Adviser, least_number_of_cards
-from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.cli.lengths import (
@@ -24,7 +24,7 @@ from vramplan.cli.lengths import (
 )
 from vramplan.errors import UsageError
 from vramplan.job import Job
-from vramplan.model import Model
+from vramplan.model import Model, TracedModel
 from vramplan.prediction import (
     LIMIT_MARGIN,
     Prediction,
@@ -33,7 +33,6 @@ from vramplan.prediction import (
     job_for,
     judge,
     least_bytes,
-    predict,
     usable_bytes,
 )
 from vramplan.timeline import Phase
@@ -77,6 +76,7 @@ def fit(
         typer.Option(help="A plain memory size instead, such as 12GiB.", show_default=False),
     ] = None,
     job: Job,
+    witness: o.WitnessOption = "estimate",
     max_seq_len_of: LengthsOption = None,
     context: typer.Context,
     as_json: o.JsonOption = False,
@@ -84,12 +84,10 @@ def fit(
 ) -> None:
     """Will the job fit? Exit code 0: yes, on a card at least; 1: on none; 2: could not answer."""
     cards = find_cards(gpu or [], memory)
-    found = find_model(model)
     planned = None
     if max_seq_len_of is not None:
         planned, job = plan(max_seq_len_of, job, context)
-    o.check_length(found, job)
-    answers = answer_all(found, job, cards)
+    answers = answer_all(o.predictor(model, job, witness), job, cards)
     judged = [a for a in answers if a.verdict is not None]
     if not judged:
         note = answers[0].card.gpu.memory_note if answers[0].card.gpu else ""
@@ -97,11 +95,11 @@ def fit(
             f"the memory of {answers[0].card.name} is not known ({note}); use --memory"
         )
     best = max(judged, key=lambda a: (a.verdict is not None and a.verdict.headroom_bytes))
-    adviser = make_adviser(found, best)
+    found, adviser = best.prediction.model, make_adviser(best)
     ceilings = []
-    if planned is not None and len(judged) <= MAX_CEILINGS:
+    if planned is not None and isinstance(found, Model) and len(judged) <= MAX_CEILINGS:
         ceilings = [ceiling(found, a) for a in judged]
-    elif planned is not None:
+    elif planned is not None and isinstance(found, Model):
         print(f"note: name at most {MAX_CEILINGS} cards for the length each holds", file=sys.stderr)
     if as_json:
         from vramplan.cli.documents import (  # noqa: PLC0415
@@ -110,7 +108,7 @@ def fit(
             prediction_document,
         )
 
-        advice = advise(adviser, best)
+        advice = advise(adviser, best) if adviser else []
         verdicts = [a.verdict for a in judged if a.verdict]
         answer = document(found, best.job, best.prediction, verdicts, advice)
         answer["answer_for"] = best.card.name  # whose job, prediction and advice these are
@@ -172,7 +170,9 @@ def name_card(name: str) -> Gpu:
     return gpu
 
 
-def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
+def answer_all(
+    ask: Callable[[Job, Gpu | None], Prediction], job: Job, cards: list[Card]
+) -> list[Answer]:
     """Judge the job on every card; cards that would run it alike share one prediction."""
     shared: dict[object, Prediction] = {}
     answers = []
@@ -180,7 +180,7 @@ def answer_all(model: Model, job: Job, cards: list[Card]) -> list[Answer]:
         own = job_for(job, card.gpu)
         key = (own, alike(card.gpu))
         if key not in shared:
-            shared[key] = predict(model, own, card.gpu)
+            shared[key] = ask(own, card.gpu)
         prediction = shared[key]
         verdict = None
         if card.usable_bytes is not None:
@@ -196,9 +196,12 @@ def ceiling(model: Model, answer: Answer) -> Ceiling:
     return longest_fitting(model, answer.prediction, card.name, card.usable_bytes, card.gpu)
 
 
-def make_adviser(model: Model, answer: Answer) -> Adviser:
-    """An adviser for one answer."""
+def make_adviser(answer: Answer) -> Adviser | None:
+    """An adviser for one answer; variants are estimated, so a trace has none."""
+    model = answer.prediction.model
     assert answer.card.usable_bytes is not None
+    if not isinstance(model, Model):
+        return None
     return Adviser(
         model,
         answer.job,
@@ -221,7 +224,7 @@ def advise(adviser: Adviser, answer: Answer) -> list[Advice]:
 # -- for people ----------------------------------------------------------------------------------
 
 
-def headline(model: Model, answer: Answer) -> Text:
+def headline(model: Model | TracedModel, answer: Answer) -> Text:
     """The answer in one line."""
     prediction, verdict, card = answer.prediction, answer.verdict, answer.card
     assert verdict is not None
@@ -254,6 +257,7 @@ def describe(job: Job) -> str:
         + (", gradient checkpointing" if job.gradient_checkpointing else ", no checkpointing")
         + (f", r={job.lora_r}" if job.method != "full" else "")
         + describe_evaluation(job)
+        + (f", {job.alloc_conf}" if job.alloc_conf else "")
     )
 
 
@@ -289,7 +293,7 @@ def peak_words(prediction: Prediction) -> str:
     return words
 
 
-def print_answer(model: Model, answer: Answer, adviser: Adviser) -> None:
+def print_answer(model: Model | TracedModel, answer: Answer, adviser: Adviser | None) -> None:
     """The whole answer for one card."""
     out = output.console()
     prediction, verdict, job = answer.prediction, answer.verdict, answer.job
@@ -308,7 +312,11 @@ def print_answer(model: Model, answer: Answer, adviser: Adviser) -> None:
         parts["paged optimizer"] = managed
     output.print_parts(out, parts, verdict.usable_bytes, answer.card.name)
     out.print()
-    print_advice(out, adviser, answer)
+    if adviser:
+        print_advice(out, adviser, answer)
+    print_least_number(out, answer)
+    if adviser and (switches := adviser.switches()):
+        print_rows(out, "The price of each switch alone", switches)
     print_assumptions(out, model, answer)
 
 
@@ -327,16 +335,18 @@ def print_advice(out: Console, adviser: Adviser, answer: Answer) -> None:
         print_rows(out, title, rows)
     else:
         out.print("No single change or combination of three makes it fit this card.\n")
-    if verdict.verdict == "no":
+
+
+def print_least_number(out: Console, answer: Answer) -> None:
+    """How many such cards it would take at least, where one does not do."""
+    verdict = answer.verdict
+    if verdict is not None and verdict.verdict == "no":
         count = least_number_of_cards(answer.prediction, verdict.usable_bytes)
         if count is not None and count > 1:
             out.print(
                 f"As it is, sharded: at least {count} such cards (a lower bound: all state split "
                 "evenly, no communication buffers).\n"
             )
-    switches = adviser.switches()
-    if switches:
-        print_rows(out, "The price of each switch alone", switches)
 
 
 def print_rows(out: Console, title: str, rows: list[Advice]) -> None:
@@ -356,7 +366,7 @@ def print_rows(out: Console, title: str, rows: list[Advice]) -> None:
     out.print()
 
 
-def print_assumptions(out: Console, model: Model, answer: Answer) -> None:
+def print_assumptions(out: Console, model: Model | TracedModel, answer: Answer) -> None:
     """What the answer rests on."""
     job, prediction, card = answer.job, answer.prediction, answer.card
     lines = [
@@ -374,6 +384,11 @@ def print_assumptions(out: Console, model: Model, answer: Answer) -> None:
             "--dtype fp32 plans the classic mixed-precision recipe."
         )
     lines += model.warnings
+    if prediction.witness == "trace":
+        lines.append(
+            "Traced: transformers' own code on fake tensors. What a change would save or cost is "
+            "not worked out."
+        )
     lines.append(
         "Random full-length sequences, stock Trainer; nothing else on the card. A desktop takes "
         "some hundred MiB more."
@@ -382,7 +397,7 @@ def print_assumptions(out: Console, model: Model, answer: Answer) -> None:
         out.print(Text(line, style="dim"))
 
 
-def print_cards(model: Model, answers: list[Answer]) -> None:
+def print_cards(model: Model | TracedModel, answers: list[Answer]) -> None:
     """One row per card."""
     out = output.console()
     job = answers[0].job

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vramplan.advice import SEQ_STEP, search_largest
+from vramplan.estimate import Estimate
 from vramplan.job import Job
 from vramplan.lengths import Lengths, read_lengths
 from vramplan.model import Model
@@ -87,7 +88,9 @@ def longest_fitting(model: Model, prediction: Prediction, name: str, usable: int
 
     if top < SEQ_STEP or peak(SEQ_STEP) > usable:
         return Ceiling(name, 0)
-    slope = (prediction.peak_allocated_bytes - prediction.estimate.static_bytes) / job.seq_len
+    walked = prediction.estimate
+    assert isinstance(walked, Estimate)
+    slope = (walked.peak_allocated_bytes - walked.static_bytes) / job.seq_len
     found = search_largest(peak, usable, SEQ_STEP, top, SEQ_STEP, slope)
     while found:  # the search goes by similar jobs; the answer is the job itself
         own = predict(model, job.but(seq_len=found), gpu)

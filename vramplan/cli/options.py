@@ -7,14 +7,19 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vramplan.errors import EnvironmentProblem, RecordError, UsageError
+from vramplan.catalogue import find_model
+from vramplan.errors import EnvironmentProblem, RecordError, UnknownNameError, UsageError
 from vramplan.job import ALL_LINEAR, Job
-from vramplan.model import Model
+from vramplan.model import Model, TracedModel
+from vramplan.prediction import Prediction, predict
 from vramplan.report import missing
+
+if TYPE_CHECKING:
+    from vramplan.gpus import Gpu
 
 MODEL_HELP = "A shipped model (see `vramplan models`), a folder, a config.json, or a hub id."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
@@ -27,6 +32,11 @@ PlotOption = Annotated[
     typer.Option("--plot", metavar="FILE.svg", help="Draw it too.", show_default=False),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+WITNESSES = ("estimate", "trace")
+WitnessOption = Annotated[
+    str,
+    typer.Option(help="Who answers: estimate, or trace (transformers' own code; any family)."),
+]
 DEFAULT_JOB = Job()
 _JOB_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
     # field of Job: (type, help, default)
@@ -59,6 +69,11 @@ _JOB_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
     "quant_type": (str, "nf4, fp4 or int8 (qlora).", DEFAULT_JOB.quant_type),
     "double_quant": (bool, "Quantise the scales too (qlora).", DEFAULT_JOB.double_quant),
     "prepare_kbit": (bool, "prepare_model_for_kbit_training (qlora).", DEFAULT_JOB.prepare_kbit),
+    "alloc_conf": (
+        str,
+        "PYTORCH_ALLOC_CONF of the process, such as expandable_segments:True.",
+        DEFAULT_JOB.alloc_conf,
+    ),
     "num_gpus": (int, "GPUs of the run; only 1 is modelled so far.", DEFAULT_JOB.num_gpus),
 }
 _EVALUATION_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
@@ -73,7 +88,9 @@ _EVALUATION_OPTIONS: dict[str, tuple[Any, str | None, Any]] = {
     "eval_samples": (int, "Sequences to evaluate; needed with --eval-logits.", None),
 }
 _FLAGS = {"evaluate": "--eval", "eval_logits": "--eval-logits"}  # without a --no
+FIXED_TABLES = ("gpt2", "gptj", "opt")  # positions are rows of a table of that length
 _NAME_LISTS = ("target_modules", "modules_to_save")
+_WHOLE = ("alloc_conf",)  # commas are part of it
 _ADAPTERS = ("lora_r", "lora_dropout", "target_modules")
 _QUANTISATION = ("quant_type", "double_quant", "prepare_kbit")
 
@@ -146,6 +163,28 @@ def _job_parameters(sweep: bool) -> list[inspect.Parameter]:
     return found
 
 
+def predictor(model: str, job: Job, witness: str) -> Callable[[Job, Gpu | None], Prediction]:
+    """What answers for a model: the estimate, or a trace of it.
+
+    Args:
+        model: The model, as the user named it.
+        job: The job, whose length is checked against the model.
+        witness: One of ``WITNESSES``.
+
+    Raises:
+        UsageError: If there is no such model or witness, or the estimate has no block program.
+    """
+    if witness not in WITNESSES:
+        raise UnknownNameError("value for --witness", witness, WITNESSES)
+    if witness == "trace":
+        from vramplan.cli.witness import tracer  # noqa: PLC0415 - only where it is asked for
+
+        return tracer(model)
+    found = find_model(model)
+    check_length(found, job)
+    return lambda asked, gpu: predict(found, asked, gpu)
+
+
 def names(text: str) -> tuple[str, ...]:
     """Comma-separated names."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -199,7 +238,7 @@ def parse_sweep(values: dict[str, Any]) -> dict[str, Any]:
         kind = _JOB_OPTIONS[name][0]
         if name in _NAME_LISTS:
             swept[name] = ALL_LINEAR if value == ALL_LINEAR else names(value)
-        elif value is None or kind is bool:
+        elif value is None or kind is bool or name in _WHOLE:
             swept[name] = value
         else:
             items = [_number(name, part, kind) for part in names(value)]
@@ -220,16 +259,16 @@ def _number(name: str, text: str, kind: type) -> Any:
         raise UsageError(f"{option} must be numbers separated by commas, not {text!r}") from None
 
 
-def check_length(model: Model, job: Job) -> None:
+def check_length(model: Model | TracedModel, job: Job) -> None:
     """Warn when a sequence outgrows the model's positions; refuse where its table ends.
 
     Raises:
         UsageError: For families whose position table is fixed.
     """
-    top = model.dims.max_positions
-    if job.seq_len <= top:
+    top = model.dimensions["max_position_embeddings"]
+    if top is None or job.seq_len <= top:
         return
-    if model.family == "gptj":
+    if model.family in FIXED_TABLES:
         raise UsageError(
             f"--seq-len {job.seq_len}: {model.name} has a table of {top} positions and cannot go "
             "beyond it"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from vramplan.catalogue import FoundConfig, find_config, model_from_config
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.cli.documents import SCHEMA_VERSION, prediction_keys
+from vramplan.cli.explain import print_owners
 from vramplan.cli.measured import print_comparison
 from vramplan.errors import EnvironmentProblem, UsageError
 from vramplan.estimate import DEFAULT_CAPABILITY
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vramplan.trace import Trace
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-MAX_OWNERS = 12
 
 
 @app.command()
@@ -62,7 +61,10 @@ def trace(
 
 
 def run_trace(
-    found: FoundConfig, job: Job, capability: tuple[int, int] = DEFAULT_CAPABILITY
+    found: FoundConfig,
+    job: Job,
+    capability: tuple[int, int] = DEFAULT_CAPABILITY,
+    workspace_bytes: int | None = None,
 ) -> Trace:
     """Trace a job.
 
@@ -70,6 +72,7 @@ def run_trace(
         found: The model's config.
         job: The job.
         capability: Compute capability of the card that the trace stands for.
+        workspace_bytes: cuBLAS's workspaces of both threads as measured on the card.
 
     Raises:
         EnvironmentProblem: If the libraries that it runs are not installed.
@@ -80,7 +83,7 @@ def run_trace(
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise EnvironmentProblem(
-            f"`vramplan trace` runs {', '.join(NEEDED)}; {', '.join(missing)} not installed here: "
+            f"a trace runs {', '.join(NEEDED)}; {', '.join(missing)} not installed here: "
             "pip install 'vramplan[trace]' (CPU torch will do)"
         )
     before = logging.root.manager.disable
@@ -89,7 +92,13 @@ def run_trace(
         from vramplan.trace import trace as run  # noqa: PLC0415 - torch takes seconds to import
     finally:
         logging.disable(before)
-    return run(found.config, job, capability=capability, where=found.where)
+    return run(
+        found.config,
+        job,
+        capability=capability,
+        workspace_bytes=workspace_bytes,
+        where=found.where,
+    )
 
 
 def print_trace(out: Console, found: FoundConfig, job: Job, traced: Trace) -> None:
@@ -108,7 +117,7 @@ def print_trace(out: Console, found: FoundConfig, job: Job, traced: Trace) -> No
         table.add_row(name, format_bytes(size), what)
     out.print(table)
     out.print()
-    peak = traced.timeline.peak()
+    peak = traced.peak()
     out.print(f"At the peak ({peak.phase.value} of {peak.owner}):")
     parts = {kind.value: size for kind, size in peak.by_kind.items()}
     output.print_parts(out, parts, peak.nbytes, "peak allocated")
@@ -124,15 +133,12 @@ def _explain(
         print_comparison(out, traced.timeline, estimated, "traced")
         return
     out.print()
-    out.print(Text("Largest owners at the peak", style="bold"))
-    owners = sorted(traced.timeline.peak().by_owner.items(), key=lambda item: -item[1])
-    for owner, size in owners[:MAX_OWNERS]:
-        out.print(f"{format_bytes(size):>12}  {owner}")
+    print_owners(out, traced.peak())
 
 
 def trace_document(found: FoundConfig, job: Job, traced: Trace) -> dict[str, Any]:
     """The document of ``estimate --json``; what a trace does not know is null."""
-    peak = traced.timeline.peak()
+    peak = traced.peak()
     known = {
         "witness": "trace",
         "ready_bytes": traced.ready_bytes,

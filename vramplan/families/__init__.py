@@ -27,7 +27,7 @@ def find_family(model_type: str) -> Family:
             "model family",
             model_type,
             NAMES,
-            "No block program describes it; `vramplan trace` runs its own code on fake tensors.",
+            "No block program describes it; `--witness trace` (fit, estimate) runs its own code.",
         )
     family: Family = importlib.import_module(f"vramplan.families.{model_type}").FAMILY
     return family

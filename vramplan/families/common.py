@@ -405,7 +405,8 @@ def math_attention(
         else:
             expanded, value = repeat_kv(t, k_acc, groups), repeat_kv(t, v_acc, groups)
             key = ops.scale(t, expanded)
-        folds = contiguous, not broadcast  # repetition leaves them contiguous
+        repeated = not broadcast  # which leaves them contiguous
+        folds = contiguous, repeated
         weights = ops.batched_matmul(t, query, key, size, dims.head_dim, env.batch, folds=folds)
         del key
         weights = ops.add_(t, weights, mask)
@@ -414,6 +415,7 @@ def math_attention(
         _returned = ops.to(t, weights, dtype)
         if broadcast:
             value = ops.expand(t, value, groups)
+        folds = True, repeated
         out = ops.batched_matmul(t, weights, value, q.numel, env.length, env.batch, folds=folds)
         return ops.to(t, out, dtype)
 

@@ -211,7 +211,9 @@ def eager(t: Tape, q: Tensor, k: Tensor, v: Tensor, x: Tensor, env: Env) -> tupl
     scores = ops.batched_matmul(t, q, spread(t, k, env), size, d.head_dim, env.batch)
     scores = ops.scale_(t, scores)
     scores = ops.softmax(t, ops.add(t, scores, env.mask), x.dtype)
-    out = ops.batched_matmul(t, scores, spread(t, v, env), q.numel, env.length, env.batch)
+    out = ops.batched_matmul(
+        t, scores, spread(t, v, env), q.numel, env.length, env.batch, folds=(True, False)
+    )
     return ops.copy(t, out), scores
 
 
@@ -227,7 +229,9 @@ def eager_alibi(
     logits = ops.scale_(t, ops.add(t, scores, env.alibi))
     probs = ops.softmax(t, ops.add(t, logits, env.mask), x.dtype)
     probs = dropout(t, probs, d.attention_dropout, "attention_dropout")
-    out = ops.batched_matmul(t, probs, spread(t, v, env), q.numel, env.length, env.batch)
+    out = ops.batched_matmul(
+        t, probs, spread(t, v, env), q.numel, env.length, env.batch, folds=(True, False)
+    )
     return ops.copy(t, out), probs, (result, scores, logits)
 
 

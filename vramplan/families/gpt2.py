@@ -108,7 +108,9 @@ def eager(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> tuple[Tensor, T
     weights = ops.softmax(t, weights)
     weights = ops.to(t, weights, v.dtype)
     weights = ops.dropout(t, weights, d.attention_dropout)
-    return ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch), weights
+    return ops.batched_matmul(
+        t, weights, v, q.numel, env.length, env.batch, folds=(True, False)
+    ), weights
 
 
 def upcast(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> tuple[Tensor, Tensor]:
@@ -130,7 +132,9 @@ def upcast(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> tuple[Tensor, 
     weights = ops.softmax(t, weights)
     weights = ops.to(t, weights, v.dtype)
     weights = dropout(t, weights, d.attention_dropout, "attn_dropout")
-    return ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch), weights
+    return ops.batched_matmul(
+        t, weights, v, q.numel, env.length, env.batch, folds=(True, False)
+    ), weights
 
 
 def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:

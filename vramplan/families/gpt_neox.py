@@ -26,7 +26,6 @@ def read(c: ConfigReader) -> Dims:
     hidden = c.size("hidden_size", default=6144)
     heads = c.size("num_attention_heads", default=64)
     head_dim = c.heads(hidden, heads)
-    share = c.rope("partial_rotary_factor", c.rope("rotary_pct", 0.25))
     return Dims(
         vocab_size=c.size("vocab_size", default=50432),
         hidden_size=hidden,
@@ -38,7 +37,7 @@ def read(c: ConfigReader) -> Dims:
         max_positions=c.size("max_position_embeddings", default=2048),
         hidden_act=c.text("hidden_act", default="gelu"),
         tied=c.flag("tie_word_embeddings", default=False),
-        rotary_dim=int(head_dim * share),
+        rotary_dim=c.rotary_dim(head_dim, c.rope("rotary_pct", 0.25)),
         attention_bias=c.flag("attention_bias", default=True),
         attention_dropout=c.dropout("attention_dropout"),
         residual_dropout=c.dropout("hidden_dropout"),

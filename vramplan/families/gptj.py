@@ -122,7 +122,7 @@ def eager(t: Tape, q: Tensor, k: Tensor, v: Tensor, env: Env) -> tuple[Tensor, T
     weights = ops.softmax(t, weights)
     weights = ops.to(t, weights, v.dtype)
     weights = ops.dropout(t, weights, d.attention_dropout)
-    out = ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch)
+    out = ops.batched_matmul(t, weights, v, q.numel, env.length, env.batch, folds=(True, False))
     return out, weights
 
 

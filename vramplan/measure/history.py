@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from vramplan.alloc_conf import DEFAULT_SETTINGS, AllocatorSettings
 from vramplan.measure.watch import Gauge, PhaseBook
 from vramplan.names import HEADS, holder_of, owner_of
 from vramplan.timeline import Event, Kind, Phase, Section, Timeline
-from vramplan.units import round_block
 
 MAX_ENTRIES = 4_000_000
 KEPT_STEPS = 2
-SEGMENT_ACTIONS = {"segment_alloc": 1, "segment_free": -1}
+SEGMENT_ACTIONS = {"segment_alloc": 1, "segment_free": -1, "segment_map": 1, "segment_unmap": -1}
 PHASES = {phase.value for phase in Phase}
 BATCH_FRAMES = ("accelerate/data_loader", "send_to_device", "_prepare_input")
 
@@ -28,8 +28,11 @@ BATCH_FRAMES = ("accelerate/data_loader", "send_to_device", "_prepare_input")
 class HistoryTap:
     """Records the allocator from now on and notes whose allocations they are."""
 
-    def __init__(self, gauge: Gauge, book: PhaseBook) -> None:
+    def __init__(
+        self, gauge: Gauge, book: PhaseBook, settings: AllocatorSettings = DEFAULT_SETTINGS
+    ) -> None:
         self.gauge = gauge
+        self.round_size = settings.round_size
         self.stack: list[str] = []
         self.backward_module = self.decoder = ""
         self.names: dict[int, str] = {}
@@ -165,7 +168,8 @@ class HistoryTap:
         Returns:
             A timeline of one section, its events in the order of the run, sizes rounded as the
             allocator does; and the segments it took from the driver (bytes) or gave back (minus
-            bytes), each with the number of events before it.
+            bytes), each with the number of events before it. With expandable segments these are
+            the pages mapped and unmapped.
 
         Known limitations:
             A block is booked to the module at work when it was made. Backward's blocks go to the
@@ -205,7 +209,7 @@ class _Blocks:
             block = self.count
             self.live[address] = block
             self.made[block] = (self.count, entry)
-            self.order.append((block, round_block(entry["size"])))
+            self.order.append((block, self.tap.round_size(entry["size"])))
         elif action in SEGMENT_ACTIONS and self.cut is None:
             self.segments.append((len(self.order), SEGMENT_ACTIONS[action] * entry["size"]))
         elif action == "free_completed":
@@ -213,7 +217,7 @@ class _Blocks:
             block = self.live.pop(address, 0)
             if block:
                 self.gone[block] = self.count
-                self.order.append((block, -round_block(self.made[block][1]["size"])))
+                self.order.append((block, -self.tap.round_size(self.made[block][1]["size"])))
                 if self.count >= self.tap.stopped_at and block < self.tap.kept_to:
                     self.known[block] = (Kind.WORKSPACE, "cublas")
 

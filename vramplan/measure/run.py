@@ -67,7 +67,7 @@ class Run:
             guard_managed_memory()
         paging = self._start_paging()
         if self.spec.history:
-            self.history = HistoryTap(self.gauge, self.book)
+            self.history = HistoryTap(self.gauge, self.book, self.spec.job.allocator_settings)
         model = self._load()
         model = self._prepare(model)
         trainer = self._trainer(model)

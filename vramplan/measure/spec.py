@@ -138,7 +138,8 @@ class RunSpec:
         theirs = {name: getattr(record.run, name) for name in own}
         own.pop("timeout_s"), theirs.pop("timeout_s")
         job = {k: list(v) if isinstance(v, tuple) else v for k, v in self.job_document().items()}
-        return own == theirs and job == record.job and dict(self.config) == record.config
+        recorded = {"alloc_conf": ""} | record.job  # records made before there was the option
+        return own == theirs and job == recorded and dict(self.config) == record.config
 
 
 def run_name(model: str, job: Job, **extra: Any) -> str:
@@ -173,6 +174,7 @@ _SHORT = {
     "optim": "",
     "attn_implementation": "",
     "quant_type": "",
+    "alloc_conf": "",
     "emulated_gpu": "as-",
 }
 

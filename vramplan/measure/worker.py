@@ -34,6 +34,7 @@ from vramplan.timeline import timeline_document
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes")
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
+OLD_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 class Request(TypedDict):
@@ -61,6 +62,31 @@ def environment() -> dict[str, str | None]:
     return versions
 
 
+def set_allocator(alloc_conf: str) -> str | None:
+    """Give this process's allocator its settings; it must not have been used yet.
+
+    PyTorch reads the environment once, at a moment that imports can bring about, so the settings
+    are handed over directly. What the environment says stays in force where none are given.
+
+    Args:
+        alloc_conf: ``PYTORCH_ALLOC_CONF``; empty to leave the environment's.
+
+    Returns:
+        The settings in force, None for PyTorch's defaults.
+
+    Source: torch 2.11 ``c10/core/AllocatorConfig.cpp``
+    (``AcceleratorAllocatorConfig::instance``, ``parseArgs``).
+    """
+    if alloc_conf:
+        torch._C._accelerator_setAllocatorSettings(alloc_conf)
+    in_force = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    if in_force is not None:
+        return in_force() or None
+    # a torch that does not say: what was given, else the variables in its own order
+    environ = os.environ
+    return alloc_conf or environ.get(OLD_VARIABLE) or environ.get("PYTORCH_ALLOC_CONF") or None
+
+
 def perform(request: Request) -> None:
     """Run one spec; its record is rewritten whenever something worth keeping is known."""
     warnings.simplefilter("ignore")
@@ -73,8 +99,7 @@ def perform(request: Request) -> None:
     out = Path(request["out"])
     record = spec.record_document("killed") | {
         "versions": environment(),
-        "allocator_settings": os.environ.get("PYTORCH_ALLOC_CONF")
-        or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+        "allocator_settings": set_allocator(spec.job.alloc_conf),
         "phase": "start",
         "card_before_bytes": before,
     }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vramplan.formats import Dtype
+from vramplan.formats import FP16, Dtype
 from vramplan.ops.base import Grads, autocast_weight, column_sum, copy, leaf_grad, to, view
 from vramplan.ops.elementwise import add
-from vramplan.tape import Node, Param, Storage, Tape, Tensor
+from vramplan.tape import Node, Param, Tape, Tensor
 from vramplan.timeline import Kind
 
 
@@ -45,8 +45,10 @@ def falcon_linear(
         w = to(t, w, t.autocast)
         x = to(t, x, t.autocast)
     out = _product(t, x, w, None, rows, columns)
-    del x, w  # what autocast cast goes with the product
-    return out if bias is None else add(t, out, bias)
+    if bias is None:
+        return out
+    del x, w  # the casts go with the product
+    return add(t, out, bias)
 
 
 def _product(t: Tape, x: Tensor, w: Tensor, b: Tensor | None, rows: int, columns: int) -> Tensor:
@@ -113,8 +115,8 @@ def batched_matmul(
         numel: Elements of the result.
         inner: Contracted dimension.
         batch: Batch size.
-        folds: Whether the memory order of each operand lets batch and heads fold; attention weights
-            as first operand always do.
+        folds: Whether the memory order of each operand lets batch and heads fold, as that of
+            attention weights does.
 
     Source: torch 2.11 ``aten/src/ATen/native/LinearAlgebra.cpp`` (``_matmul_impl``).
     """
@@ -123,7 +125,7 @@ def batched_matmul(
         a = to(t, a, t.autocast)
     arguments = a, b  # the caller holds them while matmul works on copies
     if batch > 1:
-        if a.numel < numel and not folds[0]:  # queries
+        if not folds[0]:
             a = copy(t, a)
         if not folds[1]:
             b = copy(t, b)
@@ -231,11 +233,10 @@ def _matmul_4bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     absmax = t.scratch(-(-rows * columns // 64) * 4)
     weight = t.scratch(rows * columns * stored.size)
     del absmax
-    cast: Storage | None = None
     if stored is not grad.dtype:
-        cast = t.scratch(rows * columns * grad.dtype.size)
+        weight = t.scratch(rows * columns * grad.dtype.size)
     gx = t.new(tokens * columns, grad.dtype)
-    del weight, cast
+    del weight
     t.flops += 2 * tokens * rows * columns
     return (gx,)
 
@@ -243,23 +244,28 @@ def _matmul_4bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 def matmul_8bit(t: Tape, x: Tensor, rows: int, columns: int) -> Tensor:
     """Bitsandbytes' ``MatMul8bitLt`` (LLM.int8) on x [tokens, columns] with a frozen weight.
 
-    Source: bitsandbytes 0.50.2 ``autograd/_functions.py``.
+    Source: bitsandbytes 0.50.2 ``autograd/_functions.py``, ``backends/cuda/ops.py``.
 
     Known limitations:
-        Outlier columns (threshold 6.0) depend on the data and are taken as none. The input kept on
-        ``ctx`` is released with its node, where the real one stays until the whole graph goes.
+        Outlier columns (threshold 6.0) depend on the data and are taken as none.
     """
     tokens = x.numel // columns
-    half = None if x.dtype.name == "fp16" else t.scratch(x.numel * 2)
-    quantised = t.scratch(x.numel)
+    half = None if x.dtype is FP16 else t.scratch(x.numel * 2)
     row_scale = t.scratch(tokens * 4)
-    del half
+    quantised = t.scratch(x.numel)
+    absolute = t.scratch(x.numel * 2)
+    outliers = t.scratch(x.numel)
+    del absolute
+    del outliers, half
     product = t.scratch(tokens * rows * 4)
+    half = None if x.dtype is FP16 else t.scratch(tokens * rows * 2)  # what the kernel can write
     out = t.new(tokens * rows, x.dtype)
-    del quantised, row_scale, product
+    del half, product, quantised, row_scale
     t.flops += 2 * tokens * rows * columns
     if x.node is not None:
-        # ctx.tensors keeps the input itself, out of reach of saved-tensor hooks
+        # ctx.tensors keeps the input itself, out of reach of saved-tensor hooks; executing the node
+        # frees what it saved, not that
+        t.keep_with_graph(x)
         out.node = t.node((x.node,), _matmul_8bit_backward, args=(tokens, rows, columns, x))
     return out
 

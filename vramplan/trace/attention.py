@@ -57,7 +57,8 @@ def scaled_dot_product_attention(
     fits = enable_gqa or not grouped
     widest = 256 if capability == (9, 0) else 128
     cudnn = capability in ((9, 0), (10, 0), (10, 3)) and query.shape[-1] <= widest
-    if half and (attn_mask is None or cudnn) and fits and capability >= (8, 0):
+    alike = cudnn or query.shape[-1] == value.shape[-1]  # all that FlashAttention knows
+    if half and (attn_mask is None or cudnn) and fits and alike and capability >= (8, 0):
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
         return Fused.apply(query, key, value, attn_mask, books, cudnn)
@@ -124,8 +125,8 @@ class Fused(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any, books: Books, cudnn: bool) -> Any:
         """Result, log-sum-exp and the dropout's seed and offset."""
-        batch, heads, length, _ = q.shape
-        out = torch.empty_like(q)
+        batch, heads, length, dim = q.shape
+        out = torch.empty_like(q if v.shape[-1] == dim else v.expand(batch, heads, length, -1))
         lse = torch.empty(batch, heads, length, dtype=torch.float32)
         seed = torch.empty(1, dtype=torch.int64)
         offset = torch.empty(1, dtype=torch.int64)
@@ -167,7 +168,7 @@ class Efficient(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, q: Any, k: Any, v: Any, bias: Any, books: Books) -> Any:
         """Result and log-sum-exp, its rows rounded up to 32."""
         batch, heads, length, _ = q.shape
-        out = _tokens_first(q)
+        out = _tokens_first(v.expand(batch, heads, length, -1))
         lse = torch.empty(batch, heads, -(-length // 32) * 32, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.books = books

@@ -7,7 +7,6 @@ Source: transformers 5.17.0 ``modeling_utils.py``, ``quantizers/quantizer_bnb_4b
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -20,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from vramplan.config import MAX_LAYERS, ConfigReader
-from vramplan.errors import ConfigError
+from vramplan.errors import ConfigError, UsageError
 from vramplan.job import Job
 from vramplan.units import round_block
 
@@ -37,6 +36,7 @@ SIZES = (
     "n_positions", "head_dim", "num_local_experts", "num_experts",
 )  # fmt: skip
 META = torch.device("meta")
+LONGEST_REASON = 300
 QUANTISED = ("Params4bit", "Int8Params")
 
 
@@ -69,12 +69,13 @@ def build(
 
     Raises:
         ConfigError: If transformers cannot make a model of the config.
+        UsageError: If peft cannot adapt it as asked.
     """
     with quiet():
         model = base_model(config, job, where, change)
         if job.method == "qlora":
             quantise(model, job)
-        return model if job.method == "full" else _with_adapters(model, job)
+        return model if job.method == "full" else _with_adapters(model, job, where)
 
 
 def base_model(
@@ -98,9 +99,16 @@ def base_model(
         change(hf_config)
         with META:
             return AutoModelForCausalLM.from_config(hf_config, **options)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{where}: transformers cannot make a model of it: {reason}") from None
+    except Exception as error:  # any library's, for a config that nobody vouches for
+        raise ConfigError(
+            f"{where}: transformers cannot make a model of it: {in_one_line(error)}"
+        ) from error
+
+
+def in_one_line(error: Exception) -> str:
+    """What a library says of an error, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -120,7 +128,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             reader.size(name)
 
 
-def _with_adapters(model: Any, job: Job) -> Any:
+def _with_adapters(model: Any, job: Job, where: str) -> Any:
     if job.method == "qlora" and job.prepare_kbit:
         model = prepare_model_for_kbit_training(
             model,
@@ -128,18 +136,19 @@ def _with_adapters(model: Any, job: Job) -> Any:
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
     targets = job.target_modules
-    with META:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=job.lora_r,
-                lora_alpha=2 * job.lora_r,
-                lora_dropout=job.lora_dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                modules_to_save=list(job.modules_to_save) or None,
-                task_type="CAUSAL_LM",
-            ),
-        )
+    settings = LoraConfig(
+        r=job.lora_r,
+        lora_alpha=2 * job.lora_r,
+        lora_dropout=job.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(job.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with META:
+            return get_peft_model(model, settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{where}: peft cannot adapt it: {in_one_line(error)}") from error
 
 
 def quantise(model: Any, job: Job) -> None:
@@ -192,50 +201,3 @@ def held_bytes(model: Any) -> int:
     held = [*parameters, *model.buffers(), *(s for p in parameters for s in quant_tensors(p))]
     distinct = {id(tensor): tensor.numel() * tensor.element_size() for tensor in held}
     return sum(map(round_block, distinct.values()))
-
-
-def make_fake(model: Any) -> None:
-    """Replace the tensors of a model on meta by fake CPU tensors; call it under FakeTensorMode.
-
-    Quantised weights become plain Parameters that carry their quantisation state.
-    """
-    made: dict[int, Any] = {}
-
-    def fake(tensor: Any) -> Any:
-        key = id(tensor)
-        if key not in made:
-            # the meta tensor is kept, or its id could come again
-            made[key] = tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        return made[key][1]
-
-    parameters: dict[int, Any] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in parameters:
-                new = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
-                _carry_quantisation(module, parameter, new, fake)
-                parameters[id(parameter)] = new
-            module._parameters[name] = parameters[id(parameter)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = fake(buffer)
-
-
-def _carry_quantisation(module: Any, old: Any, new: Any, fake: Any) -> None:
-    state = getattr(old, "quant_state", None)
-    if state is not None:
-        state = copy.copy(state)
-        state.absmax, state.code = fake(state.absmax), fake(state.code)
-        if state.nested:
-            state.offset = fake(state.offset)
-            state.state2 = copy.copy(state.state2)
-            state.state2.absmax = fake(state.state2.absmax)
-            state.state2.code = fake(state.state2.code)
-        new.quant_state = state
-        new.bnb_quantized = True
-        module.quant_state = state
-    elif getattr(old, "SCB", None) is not None:
-        new.SCB = fake(old.SCB)
-        new.CB = new.data

@@ -1,4 +1,4 @@
-"""Equal decoder layers, traced once: a first period, one that stands for all between, the last.
+"""Equal decoder layers, traced once: the first ones, a period that stands for many, the last.
 
 A period is one layer, or several where kinds of layers take turns. The trace of such a cut model
 becomes a Timeline whose middle period's forward and backward are sections that repeat; what outside
@@ -32,11 +32,13 @@ class Cut(NamedTuple):
     """Which layers of a model are traced.
 
     Attributes:
-        period: Layers of the first and of the middle period.
-        last: Layers kept behind them.
+        lead: Layers kept before the middle period.
+        period: Layers of the middle period.
+        last: Layers kept behind it.
         repeats: How many periods the middle one stands for.
     """
 
+    lead: int
     period: int
     last: int
     repeats: int
@@ -44,7 +46,7 @@ class Cut(NamedTuple):
     @property
     def middle(self) -> range:
         """The layers of the cut model that stand for others."""
-        return range(self.period, 2 * self.period) if self.repeats > 1 else range(0)
+        return range(self.lead, self.lead + self.period) if self.repeats > 1 else range(0)
 
     @property
     def num_left_out(self) -> int:
@@ -56,25 +58,32 @@ class Cut(NamedTuple):
         count = config.num_hidden_layers
         for name, value in list(vars(config).items()):
             if isinstance(value, list) and len(value) == count:
-                setattr(config, name, value[: 2 * self.period] + value[-self.last :])
-        config.num_hidden_layers = 2 * self.period + self.last
+                setattr(config, name, value[: self.lead + self.period] + value[-self.last :])
+        config.num_hidden_layers = self.lead + self.period + self.last
 
 
-WHOLE = Cut(0, 0, 1)
+WHOLE = Cut(0, 0, 0, 1)
 
 
-def find_cut(model: Any) -> Cut:
-    """The shortest period in which a model's layers repeat; WHOLE if there is none worth it."""
+def find_cut(model: Any, num_leads: int = 1) -> Cut:
+    """The shortest period in which a model's layers repeat; WHOLE if there is none worth it.
+
+    Args:
+        model: The model.
+        num_leads: Periods kept before the middle one: two where the layers of the first have no
+            gradient to hand down and leave blocks that the next ones let go of, once.
+    """
     kinds = [_signature(layer) for layer in layers_of(model)[1]]
     count = len(kinds)
     for period in range(1, MAX_PERIOD + 1):
+        lead = num_leads * period
         last = period + count % period
-        repeats = (count - period - last) // period
+        repeats = (count - lead - last) // period
         if repeats < 2:
             break
-        between = kinds[period : count - last]
+        between = kinds[lead : count - last]
         if all(kind == between[i % period] for i, kind in enumerate(between)):
-            return Cut(period, last, repeats)
+            return Cut(lead, period, last, repeats)
     return WHOLE
 
 

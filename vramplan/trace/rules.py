@@ -21,6 +21,7 @@ import torch._meta_registrations as meta
 import transformers.utils.import_utils as hf_imports
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.autograd import _functions as bnb_autograd
+from bitsandbytes.optim import ademamix as bnb_ademamix
 from bitsandbytes.optim import optimizer as bnb_optimizer
 from torch.overrides import TorchFunctionMode
 
@@ -303,10 +304,20 @@ class PagedBooks:
         """Optimizer8bit.get_state_buffer on a CUDA parameter."""
         buffer = torch.zeros_like(p, dtype=dtype)
         if optimizer.is_paged and p.numel() >= 1e5:
-            self.nbytes += buffer.numel() * buffer.element_size() * self.books.copies(p)
-            self.books.forget(buffer)
-            buffer.is_paged = True
+            self._page(buffer, p)
         return buffer
+
+    def get_double_buffer(self, optimizer: Any, p: Any, dtype: torch.dtype = torch.float32) -> Any:
+        """AdEMAMix._get_state_double_buffer on a CUDA parameter."""
+        buffer = torch.zeros((2, *p.shape), dtype=dtype)
+        if optimizer.is_paged and p.numel() >= 1e5:
+            self._page(buffer, p)
+        return buffer
+
+    def _page(self, buffer: Any, p: Any) -> None:
+        self.nbytes += buffer.numel() * buffer.element_size() * self.books.copies(p)
+        self.books.forget(buffer)
+        buffer.is_paged = True
 
 
 @contextmanager
@@ -320,6 +331,9 @@ def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]
 
     def get_state_buffer(self: Any, p: Any, dtype: torch.dtype = torch.float32) -> Any:
         return paged.get_state_buffer(self, p, dtype)
+
+    def get_double_buffer(self: Any, p: Any, dtype: torch.dtype = torch.float32) -> Any:
+        return paged.get_double_buffer(self, p, dtype)
 
     def nothing(*_args: Any, **_kwargs: Any) -> None:
         return None
@@ -336,6 +350,9 @@ def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]
             (meta, "_meta_grouped_mm_common", grouped_mm),
             (hf_imports, "is_fake_tensor", lambda _x: False),
             (bnb_optimizer.Optimizer8bit, "get_state_buffer", get_state_buffer),
+            (bnb_ademamix.AdEMAMix, "_get_state_double_buffer", get_double_buffer),
+            # it remembers overrides by a parameter's place in its group, beyond one optimizer
+            (bnb_optimizer.GlobalOptimManager, "_instance", None),
             (bnb_optimizer, "sync_gpu", nothing),
             (bnb_functional, "prefetch_tensor", nothing),
             (bnb_functional, "is_on_gpu", nothing),

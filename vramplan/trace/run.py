@@ -17,6 +17,7 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
+from vramplan.errors import ConfigError
 from vramplan.estimate import (
     CUBLAS_WORKSPACE,
     CUBLAS_WORKSPACE_HOPPER,
@@ -25,14 +26,17 @@ from vramplan.estimate import (
 )
 from vramplan.job import Job
 from vramplan.names import holder_of, owner_of
-from vramplan.timeline import Kind, Phase, Timeline
-from vramplan.trace.build import DTYPES, base_model, build, make_fake, quant_tensors, quiet
+from vramplan.replay import TRAINING_BEGINS
+from vramplan.timeline import BEFORE_TRAINING, Kind, Peak, Phase, Timeline
+from vramplan.trace.build import DTYPES, base_model, build, in_one_line, quant_tensors, quiet
 from vramplan.trace.fold import WHOLE, Cut, find_cut, layers_of, timelines
+from vramplan.trace.load import load
 from vramplan.trace.optimizers import make_optimizer
 from vramplan.trace.rules import answers, corrected, hidden_bytes, sums_in_place
 from vramplan.trace.tracker import Books, Tracker, watch_modules
 
 NUM_STEPS = 2
+MICRO_STEPS = 2  # the first makes gradients, the others add to them
 DIMENSIONS = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
 
 
@@ -42,25 +46,37 @@ class Trace:
 
     Attributes:
         timeline: Every allocation of two steps.
+        steady: The same, all before the second step counted as preparation.
         ready_bytes: Allocated when training is about to start.
         peak_allocated_bytes: Largest allocated in the second step.
+        load_peak_bytes: Largest allocated before training starts.
+        optimizer_bytes: Optimizer state on the device.
         paged_bytes: Optimizer state in managed memory.
         num_trainable: Trainable parameters.
         num_parameters: Parameters of the base model, tied ones once.
         family: ``model_type`` of the config.
         attn_implementation: The attention that transformers chose.
         dimensions: Layers, hidden size, vocabulary and positions; None where the config has none.
+        flops: Operations of a step; a trace does not count them.
     """
 
     timeline: Timeline
+    steady: Timeline
     ready_bytes: int
     peak_allocated_bytes: int
+    load_peak_bytes: int
+    optimizer_bytes: int
     paged_bytes: int
     num_trainable: int
     num_parameters: int
     family: str
     attn_implementation: str
     dimensions: dict[str, int | None]
+    flops: int | None = None
+
+    def peak(self) -> Peak:
+        """The fullest moment of a steady step."""
+        return self.steady.peak()
 
 
 def trace(
@@ -68,6 +84,7 @@ def trace(
     job: Job,
     *,
     capability: tuple[int, int] = DEFAULT_CAPABILITY,
+    workspace_bytes: int | None = None,
     where: str = "config",
     fold: bool = True,
 ) -> Trace:
@@ -77,6 +94,8 @@ def trace(
         config: Values of a config.json; code that it may name is never run.
         job: The job.
         capability: Compute capability of the card that it stands for.
+        workspace_bytes: cuBLAS's workspaces of both threads as measured on the card; None for what
+            PyTorch gives that generation.
         where: How to name the config in errors.
         fold: Trace equal layers once; otherwise every layer, which takes longer.
 
@@ -84,15 +103,25 @@ def trace(
         Its timeline and numbers, in bytes.
 
     Raises:
-        ConfigError: If transformers cannot make a model of the config.
+        ConfigError: If transformers cannot make a model of the config, or its code does not run on
+            fake tensors.
+        UsageError: If peft cannot adapt it as asked.
     """
+    cut = WHOLE
     if fold:
         with quiet():
             whole = base_model(config, job, where)
-        cut = find_cut(whole)
-        if cut.repeats > 1:
-            return Run(build(config, job, where, cut.config), job, capability, cut).perform()
-    return Run(build(config, job, where), job, capability, WHOLE).perform()
+        cut = find_cut(whole, 1 if job.method == "full" or job.gradient_checkpointing else 2)
+        del whole
+    model = build(config, job, where, cut.config if cut is not WHOLE else lambda _config: None)
+    try:
+        return Run(model, job, capability, cut, workspace_bytes).perform()
+    except Exception as error:  # the code of any architecture
+        hint = "" if job.method == "full" else "; --target-modules can spare what peft cannot adapt"
+        raise ConfigError(
+            f"{where}: a training step of it does not run on fake tensors "
+            f"({type(error).__name__}: {in_one_line(error)}){hint}"
+        ) from error
 
 
 class Run:
@@ -103,11 +132,22 @@ class Run:
         job: The job.
         capability: Compute capability of the card.
         cut: Which of its layers stand for others.
+        workspace_bytes: cuBLAS's workspaces of both threads, None for the usual ones.
     """
 
-    def __init__(self, model: Any, job: Job, capability: tuple[int, int], cut: Cut) -> None:
+    def __init__(
+        self,
+        model: Any,
+        job: Job,
+        capability: tuple[int, int],
+        cut: Cut,
+        workspace_bytes: int | None = None,
+    ) -> None:
         self.model, self.job, self.capability, self.cut = model, job, capability, cut
+        usual = CUBLAS_WORKSPACE_HOPPER if capability[0] == 9 else CUBLAS_WORKSPACE
+        self.workspace_bytes = usual if workspace_bytes is None else workspace_bytes // 2
         self.books = Books()
+        self.books.round_size = job.allocator_settings.round_size
         self.books.middle, self.books.repeats = cut.middle, cut.repeats
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.books.layers_path = layers_of(base)[0] + "."
@@ -129,12 +169,16 @@ class Run:
                 self._step()
             books.recording = False
         whole, steady = timelines(books, NUM_STEPS)
+        ready, load_peak = _before_training(whole)
         config = self.model.config
         dimensions = {name: getattr(config, name, None) for name in DIMENSIONS}
         dimensions["num_hidden_layers"] = self.num_layers
         return Trace(
             timeline=whole,
-            ready_bytes=_loaded(whole),
+            steady=steady,
+            ready_bytes=ready,
+            load_peak_bytes=load_peak,
+            optimizer_bytes=_held_bytes(whole, Kind.OPTIMIZER),
             peak_allocated_bytes=steady.peak().nbytes,
             paged_bytes=paged.nbytes,
             num_trainable=sum(self._count(n, p) for n, p in self.trained),
@@ -161,7 +205,7 @@ class Run:
 
     def _load(self) -> None:
         model = self.model
-        make_fake(model)
+        load(model, self.job, self.books)
         trained = Kind.ADAPTERS if self.job.method != "full" else Kind.WEIGHTS
         named = list(model.named_parameters())
         self.books.leaves = {id(p): owner_of(n) for n, p in named}
@@ -175,7 +219,7 @@ class Run:
 
     def _prepare(self) -> None:
         books, job, model = self.books, self.job, self.model
-        books.phase = Phase.PREPARE
+        books.begin_training()
         self.total_loss = torch.zeros(())  # Trainer._tr_loss
         self.loss: Any = None
         self.grad_norm: Any = None
@@ -204,26 +248,19 @@ class Run:
 
     def _workspaces(self) -> None:
         """CuBLAS's, one a thread; cuBLASLt's for threads that run a linear layer with a bias."""
-        hopper = self.capability[0] == 9
-        size = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
-        for _ in range(2):
-            self.books.allocate(size, Kind.WORKSPACE, "cublas")
+        self.books.awaited = dict.fromkeys((False, True), self.workspace_bytes)
         for _ in range(self._num_cublaslt_threads()):
             self.books.allocate(CUBLASLT_WORKSPACE, Kind.WORKSPACE, "cublas")
 
     def _num_cublaslt_threads(self) -> int:
-        head = self.model.get_output_embeddings()
         biased = [
-            module
+            self.books.layer_of(owner_of(name)) is not None
             for name, module in self.model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D)
             and module.bias is not None
-            and module is not head
             and type(module).__name__ not in ("Linear8bitLt", "FalconLinear")
         ]
-        in_head = head is not None and getattr(head, "bias", None) is not None
-        recomputed = bool(biased) and self.job.gradient_checkpointing
-        return int(bool(biased) or in_head) + int(recomputed)
+        return int(bool(biased)) + int(any(biased) and self.job.gradient_checkpointing)
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -233,7 +270,7 @@ class Run:
         steps = self.job.gradient_accumulation_steps
         batches = [self._batch() for _ in range(steps)]
         num_items = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches)
-        for batch in batches:
+        for batch in batches[:MICRO_STEPS]:
             # Trainer's locals: the last micro-batch's loss and the last norm live on
             self.loss = self._training_step(batch, num_items)
             self.total_loss += self.loss
@@ -293,6 +330,24 @@ def run_backward(loss: Any) -> None:
     )
 
 
-def _loaded(timeline: Timeline) -> int:
-    """Bytes held when loading is over."""
-    return sum(e.nbytes * e.copies for e in timeline.events() if e.phase is Phase.LOAD)
+def _before_training(timeline: Timeline) -> tuple[int, int]:
+    """Bytes held when training begins, and the most before that."""
+    live = top = 0
+    for section in timeline.sections:
+        for _ in range(section.repeats):
+            for event in section.events:
+                if event.phase not in BEFORE_TRAINING or event.block == TRAINING_BEGINS:
+                    return live, top
+                live += event.nbytes * event.copies
+                top = max(top, live)
+    return live, top
+
+
+def _held_bytes(timeline: Timeline, kind: Kind) -> int:
+    """Bytes of a kind that are never released."""
+    return sum(
+        event.nbytes * event.copies * section.repeats
+        for section in timeline.sections
+        for event in section.events
+        if event.kind is kind
+    )

@@ -13,14 +13,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import bitsandbytes  # noqa: F401 - registers its operations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vramplan.names import HEADS, owner_of
+from vramplan.replay import EMPTY_CACHE, TRAINING_BEGINS
 from vramplan.timeline import Kind, Phase
 from vramplan.units import round_block
 
+PRODUCTS = frozenset(
+    (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+     torch.ops.aten.baddbmm.default, torch.ops.bitsandbytes.gemm_4bit.default)
+)  # fmt: skip
 Hidden = Callable[[tuple[Any, ...], dict[str, Any]], list[int]]
 
 
@@ -50,6 +56,7 @@ class Books:
         layers_path: Path of the decoder layers.
         middle: Layers of a cut model that stand for others.
         repeats: How many each of them stands for.
+        round_size: What the allocator makes of a request, in bytes.
     """
 
     def __init__(self) -> None:
@@ -64,6 +71,8 @@ class Books:
         self.stack: list[str] = []
         self.decoder = ""
         self.recording = True
+        self.round_size: Callable[[int], int] = round_block
+        self.awaited: dict[bool, int] = {}  # backward's thread? -> its cuBLAS workspace, in bytes
         self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}
         self._made_at: list[int] = []  # autograd sequence numbers at which the owner changed
         self._makers: list[tuple[str, Phase]] = []
@@ -74,7 +83,7 @@ class Books:
     def allocate(self, nbytes: int, kind: Kind, owner: str) -> Block:
         """Write an allocation."""
         self._count += 1
-        block = Block(self._count, round_block(nbytes), kind, owner, self.layer)
+        block = Block(self._count, self.round_size(nbytes), kind, owner, self.layer)
         self.entries.append((block, 1, self.phase, self.step, self.layer))
         return block
 
@@ -82,6 +91,25 @@ class Books:
         """Write a release."""
         if self.recording:
             self.entries.append((block, -1, self.phase, self.step, self.layer))
+
+    def empty_cache(self) -> None:
+        """Write a call of torch.cuda.empty_cache."""
+        self._mark_at(EMPTY_CACHE)
+
+    def begin_training(self) -> None:
+        """Write where training begins."""
+        self._mark_at(TRAINING_BEGINS)
+
+    def _mark_at(self, number: int) -> None:
+        self.layer = None
+        block = Block(number, 0, Kind.WORKSPACE, "", None)
+        self.entries.append((block, 1, self.phase, self.step, None))
+
+    def first_product(self) -> None:
+        """A thread's first matrix product makes cuBLAS's workspace of that thread."""
+        nbytes = self.awaited.pop(self.phase is Phase.BACKWARD, 0)
+        if nbytes:
+            self.allocate(nbytes, Kind.WORKSPACE, "cublas")
 
     def follow(self, storage: Any, block: Block) -> None:
         """Release the block when the storage goes."""
@@ -225,6 +253,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and write what it allocates."""
         kwargs = kwargs or {}
+        if self.books.awaited and func in PRODUCTS:
+            self.books.first_product()
         run = self.answers.get(func, func)
         hidden = self.hidden.get(func)
         if hidden is not None:
