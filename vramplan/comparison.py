@@ -8,7 +8,7 @@ the CSV, the JSON and the DataFrame all show.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from vramplan.advice import MAX_BATCH, SEQ_STEP, search_largest
@@ -42,6 +42,7 @@ class Entry:
 
     Attributes:
         model: The model.
+        asked: The job as it was asked for.
         job: The job as this card runs it (fp16 without bf16 units).
         gpu: The card.
         usable_bytes: What a process can have of it; None where its memory is not known.
@@ -61,6 +62,7 @@ class Entry:
     """
 
     model: Model
+    asked: Job
     job: Job
     gpu: Gpu
     usable_bytes: int | None
@@ -248,6 +250,17 @@ def _run_rows(run: Run) -> list[dict[str, Any]]:
     return [row | measured, row | {"witness": "estimate"} | predicted]
 
 
+def differences(entries: Iterable[Entry]) -> dict[Job, str]:
+    """What tells each job from the others of its method, as options; empty where nothing does."""
+    jobs = dict.fromkeys(entry.asked for entry in entries)
+    found = {}
+    for job in jobs:
+        alike = [other for other in jobs if other.method == job.method]
+        names = [f.name for f in fields(Job) if len({getattr(j, f.name) for j in alike}) > 1]
+        found[job] = " ".join(f"--{n.replace('_', '-')} {getattr(job, n)}" for n in names)
+    return found
+
+
 # -- making one ------------------------------------------------------------------------------------
 
 
@@ -296,13 +309,13 @@ def compare(
         runs.append(_run(record))
     pairs = [(model, job) for model in found for job in jobs]
     pairs += [pair for record in kept if cards and (pair := _job_of(record)) is not None]
-    entries: dict[tuple[str, Job, str], Entry] = {}
+    entries: dict[tuple[str, int, Job], list[Entry]] = {}
     for model, job in pairs:
-        if any((model.name, job, gpu.slug) not in entries for gpu in cards):
+        key = (model.name, model.num_parameters, job)  # records of one job ask once
+        if key not in entries:
             told(f"{model.name}, {job.method}")
-            for entry in _on_cards(model, job, cards, prices or {}):
-                entries[model.name, job, entry.gpu.slug] = entry
-    return Comparison(tuple(entries.values()), tuple(runs))
+            entries[key] = _on_cards(model, job, cards, prices or {})
+    return Comparison(tuple(e for found in entries.values() for e in found), tuple(runs))
 
 
 def _run(record: Record) -> Run:
@@ -333,7 +346,7 @@ def _on_cards(
         key = (own, alike(gpu))
         if key not in shared:
             shared[key] = _Variants(model, own, gpu)
-        found.append(shared[key].entry(gpu, prices.get(gpu.slug)))
+        found.append(shared[key].entry(job, gpu, prices.get(gpu.slug)))
     return found
 
 
@@ -346,13 +359,14 @@ class _Variants:
         self.min_limit_bytes = self.headline.min_limit_bytes
         self._peaks: dict[tuple[str, int], int] = {}
 
-    def entry(self, gpu: Gpu, price: float | None) -> Entry:
+    def entry(self, asked: Job, gpu: Gpu, price: float | None) -> Entry:
         """What one of the cards makes of it."""
         prediction, usable = self.headline, usable_bytes(gpu)
         verdict = None if usable is None else judge(prediction, gpu.slug, usable)
         top = max(self.model.dims.max_positions, self.job.seq_len)
         return Entry(
             model=self.model,
+            asked=asked,
             job=self.job,
             gpu=gpu,
             usable_bytes=usable,

@@ -132,6 +132,17 @@ def test_speed_is_shown_where_it_is_predicted(both: Comparison) -> None:
     assert cells == ["1,000 at 1.00", "not predicted"]
 
 
+def test_jobs_are_named_by_what_tells_them_apart() -> None:
+    jobs = [Job(lora_r=8), Job(lora_r=64), Job(method="full"), Job(method="full", dtype="fp32")]
+    comparison = compare(["pythia-70m"], ["t4", "3060"], [job.but(seq_len=256) for job in jobs])
+    assert len(comparison.entries) == 8
+    rows = comparison_page(comparison, {}, draw=False).tables[0].rows
+    assert [row[0] for row in rows] == [
+        "pythia-70m QLoRA --lora-r 8", "pythia-70m QLoRA --lora-r 64",
+        "pythia-70m full --dtype bf16", "pythia-70m full --dtype fp32",
+    ]  # fmt: skip
+
+
 # -- records -------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from vramplan import __version__
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
-from vramplan.comparison import Comparison, Entry, Run, compare
+from vramplan.comparison import Comparison, Entry, Run, compare, differences
 from vramplan.errors import UsageError
 from vramplan.files import provenance, write_text
 from vramplan.gpus import find_gpu, load_gpus
@@ -157,11 +157,10 @@ def print_entries(entries: tuple[Entry, ...]) -> None:
         ("verdict", "left"), ("to spare", "right"), ("batch", "right"), ("sequence", "right"),
     )  # fmt: skip
     sizes = {(entry.job.batch_size, entry.job.seq_len) for entry in entries}
+    more = differences(entries)
     before = None
     for entry in entries:
-        job = entry.job
-        method = job.method if len(sizes) == 1 else f"{job.method} {job.batch_size} x {job.seq_len}"
-        name = (entry.model.name, method)
+        name = (entry.model.name, f"{entry.asked.method} {more[entry.asked]}".rstrip())
         largest = (entry.largest_batch_size, entry.largest_seq_len)
         table.add_row(
             *(name if name != before else ("", "")),

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vramplan.close_up import CloseUp, chosen, look_closely
-from vramplan.comparison import Comparison, Entry, Run, cost_per_million_tokens
+from vramplan.comparison import Comparison, Entry, Run, cost_per_million_tokens, differences
+from vramplan.job import Job
 from vramplan.prediction import LIMIT_MARGIN
 from vramplan.report.charts import (
     GROUPS,
@@ -26,6 +27,7 @@ SYMBOLS = {"fits": "✓", "tight": "!", "no": "✗", "unknown": "?"}
 METHOD_NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 NOT_PREDICTED = "not predicted"
 Cell = Callable[[Entry], str]
+Key = tuple[str, int, Job]
 
 
 def comparison_page(comparison: Comparison, origin: Mapping[str, Any], *, draw: bool) -> Page:
@@ -105,22 +107,18 @@ def summary(comparison: Comparison) -> str:
 # -- jobs on cards -------------------------------------------------------------------------------
 
 
-def job_names(entries: Sequence[Entry]) -> dict[tuple[str, Any], str]:
-    """How to name each job: by what tells it from the others."""
-    sizes = {(entry.job.batch_size, entry.job.seq_len) for entry in entries}
-    found: dict[tuple[str, Any], str] = {}
-    for entry in entries:
-        job = entry.job
-        name = f"{entry.model.name} {METHOD_NAMES[job.method]}"
-        if len(sizes) > 1:
-            name += f" {job.batch_size} x {job.seq_len:,}"
-        found[_key(entry)] = name
-    return found
+def job_names(entries: Sequence[Entry]) -> dict[Key, str]:
+    """How to name each job: model, method, and what tells it from the others."""
+    more = differences(entries)
+    return {
+        _key(e): f"{e.model.name} {METHOD_NAMES[e.asked.method]} {more[e.asked]}".rstrip()
+        for e in entries
+    }
 
 
-def _key(entry: Entry) -> tuple[str, Any]:
+def _key(entry: Entry) -> Key:
     """The job as it was asked for, before a card without bf16 changed it."""
-    return entry.model.name, entry.job.but(dtype="bf16", mixed_precision="bf16")
+    return entry.model.name, entry.model.num_parameters, entry.asked
 
 
 def matrix(entries: Sequence[Entry], name: str, text: str, cell: Cell) -> Table:
@@ -161,7 +159,7 @@ def signed(nbytes: int) -> str:
 def parts(entries: Sequence[Entry], *, draw: bool) -> Table:
     """Where the bytes of each job go, and how they compare with each card's memory."""
     names = job_names(entries)
-    shown: dict[tuple[str, Any], Entry] = {}
+    shown: dict[Key, Entry] = {}
     for entry in sorted(entries, key=lambda entry: not entry.gpu.supports_bf16):
         shown.setdefault(_key(entry), entry)
     jobs = {key: shown[key] for key in names}
@@ -185,7 +183,7 @@ def parts(entries: Sequence[Entry], *, draw: bool) -> Table:
     )
 
 
-def _bars(jobs: Mapping[tuple[str, Any], Entry], entries: Sequence[Entry]) -> tuple[Chart, ...]:
+def _bars(jobs: Mapping[Key, Entry], entries: Sequence[Entry]) -> tuple[Chart, ...]:
     """One chart a model."""
     names = job_names(list(jobs.values()))
     cards = {e.gpu.slug: e for e in entries if e.usable_bytes is not None}
