@@ -15,13 +15,14 @@ from vramplan import __version__
 from vramplan.accuracy import figures, predicted
 from vramplan.advice import least_number_of_cards
 from vramplan.catalogue import find_model
-from vramplan.comparison import Entry, Run, compare
+from vramplan.comparing import compare
+from vramplan.comparison import Entry, Run
 from vramplan.files import provenance, write_text
 from vramplan.gpus import find_gpu
 from vramplan.job import Job
 from vramplan.prediction import Prediction, predict, usable_bytes
 from vramplan.record import read_record
-from vramplan.report.comparison import SYMBOLS, gib
+from vramplan.report.measured import SYMBOLS, gib
 from vramplan.report.page import Page, Table, Toned, to_html, to_markdown
 from vramplan.resources import profiles_dir
 from vramplan.timeline import Kind

@@ -15,7 +15,8 @@ from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from vramplan.catalogue import find_model
-    from vramplan.comparison import Comparison, compare
+    from vramplan.comparing import compare
+    from vramplan.comparison import Comparison
     from vramplan.errors import VramplanError
     from vramplan.gpus import Gpu, find_gpu
     from vramplan.job import Job
@@ -40,7 +41,7 @@ _HOMES = {
     "Prediction": "prediction",
     "Verdict": "prediction",
     "VramplanError": "errors",
-    "compare": "comparison",
+    "compare": "comparing",
     "find_gpu": "gpus",
     "find_model": "catalogue",
     "job_for": "prediction",

@@ -12,7 +12,8 @@ from itertools import cycle, islice
 import pytest
 
 from vramplan.cli.compare import form
-from vramplan.comparison import Comparison, compare
+from vramplan.comparing import compare
+from vramplan.comparison import Comparison
 from vramplan.gpus import load_gpus
 from vramplan.record import Record, read_record
 from vramplan.resources import profiles_dir

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vramplan.catalogue import find_model
-from vramplan.comparison import parts_of
+from vramplan.comparing import parts_of
 from vramplan.job import Job
 from vramplan.prediction import predict
 from vramplan.report.charts import Bar, Line, bytes_chart, job_chart, labelled, timeline_chart

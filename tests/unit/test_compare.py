@@ -16,7 +16,8 @@ import pytest
 from vramplan.catalogue import find_model
 from vramplan.cli.compare import form
 from vramplan.close_up import chosen, look_closely
-from vramplan.comparison import COLUMNS, Comparison, compare, cost_per_million_tokens
+from vramplan.comparing import compare
+from vramplan.comparison import COLUMNS, Comparison, cost_per_million_tokens
 from vramplan.errors import UsageError
 from vramplan.gpus import find_gpu
 from vramplan.job import Job

@@ -12,7 +12,7 @@ import pytest
 
 from vramplan.catalogue import find_model
 from vramplan.cli.compare import form
-from vramplan.comparison import compare
+from vramplan.comparing import compare
 from vramplan.job import Job
 from vramplan.record import read_record
 from vramplan.report.page import Page, Table, to_html

@@ -13,7 +13,8 @@ from vramplan import __version__
 from vramplan.catalogue import find_model
 from vramplan.cli import app, output
 from vramplan.cli import options as o
-from vramplan.comparison import Comparison, Entry, Run, compare, differences
+from vramplan.comparing import compare
+from vramplan.comparison import Comparison, Entry, Run, differences
 from vramplan.errors import UsageError
 from vramplan.files import provenance, write_text
 from vramplan.gpus import find_gpu, load_gpus

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vramplan.comparison import parts_of
+from vramplan.comparing import parts_of
 from vramplan.files import write_text
 from vramplan.prediction import Prediction, usable_bytes
 from vramplan.report.charts import Bar, Line, job_chart

@@ -47,7 +47,7 @@ def grouped(parts: Mapping[str, int]) -> dict[str, int]:
     """Bytes by group of the charts; they sum to the same.
 
     Args:
-        parts: Bytes by kind, cache, context and paged state as in ``comparison.parts_of``.
+        parts: Bytes by kind, cache, context and paged state as in ``comparing.parts_of``.
     """
     found = {group.name: sum(parts.get(part, 0) for part in group.parts) for group in GROUPS}
     assert sum(found.values()) == sum(parts.values()), "every kind has a group"
