@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from vramplan.record import Record
 
 
+Key = tuple[str, int, Job]  # a model's name and size, and a job
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One job on one card, predicted.
@@ -64,6 +67,11 @@ class Entry:
     step_time_s: float | None = None
     tokens_per_s: float | None = None
     price_per_hour: float | None = None
+
+    @property
+    def key(self) -> Key:
+        """The model and the job as it was asked for, whatever a card made of it."""
+        return self.model.name, self.model.num_parameters, self.asked
 
     @property
     def device_peak_bytes(self) -> int:
@@ -236,12 +244,13 @@ def _run_rows(run: Run) -> list[dict[str, Any]]:
     return [row | measured, row | {"witness": "estimate"} | predicted]
 
 
-def differences(entries: Iterable[Entry]) -> dict[Job, str]:
-    """What tells each job from the others of its method, as options; empty where nothing does."""
-    jobs = dict.fromkeys(entry.asked for entry in entries)
+def differences(entries: Iterable[Entry]) -> dict[Key, str]:
+    """What tells each job from the others of its model and method, as options; often nothing."""
+    keys = dict.fromkeys(entry.key for entry in entries)
     found = {}
-    for job in jobs:
-        alike = [other for other in jobs if other.method == job.method]
-        names = [f.name for f in fields(Job) if len({getattr(j, f.name) for j in alike}) > 1]
-        found[job] = " ".join(f"--{n.replace('_', '-')} {getattr(job, n)}" for n in names)
+    for key in keys:
+        *model, job = key
+        others = [o for *m, o in keys if m == model and o.method == job.method]
+        names = [f.name for f in fields(Job) if len({getattr(o, f.name) for o in others}) > 1]
+        found[key] = " ".join(f"--{n.replace('_', '-')} {getattr(job, n)}" for n in names)
     return found

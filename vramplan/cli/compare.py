@@ -161,7 +161,7 @@ def print_entries(entries: tuple[Entry, ...]) -> None:
     more = differences(entries)
     before = None
     for entry in entries:
-        name = (entry.model.name, f"{entry.asked.method} {more[entry.asked]}".rstrip())
+        name = (entry.model.name, f"{entry.asked.method} {more[entry.key]}".rstrip())
         largest = (entry.largest_batch_size, entry.largest_seq_len)
         table.add_row(
             *(name if name != before else ("", "")),

@@ -73,6 +73,7 @@ class Line(NamedTuple):
     nbytes: int
 
 
+LONGEST_NAME = 22
 LONE_BAR = 2.5  # times the next longest
 
 
@@ -113,6 +114,12 @@ def job_chart(
         return finish(figure, name, title, text, tips)
 
 
+def shortened(name: str) -> str:
+    """A name that leaves room for its bar; the table beside the chart has all of it."""
+    name = plain(name)
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
 def _height(bars: Sequence[Bar]) -> float:
     """Inches for so many bars, their axis and a legend."""
     return 1.15 + 0.42 * len(bars)
@@ -151,7 +158,7 @@ def _draw_bars(
     axes.set_xlim(0, edge / GIB)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_yticks(
-        range(len(bars)), [f"{plain(bar.name)}\n{format_bytes(bar.nbytes, 1)}" for bar in bars]
+        range(len(bars)), [f"{shortened(bar.name)}\n{format_bytes(bar.nbytes, 1)}" for bar in bars]
     )
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

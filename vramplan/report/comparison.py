@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vramplan.close_up import CloseUp, chosen, look_closely
-from vramplan.comparison import Comparison, Entry, cost_per_million_tokens, differences
-from vramplan.job import Job
+from vramplan.comparison import Comparison, Entry, Key, cost_per_million_tokens, differences
 from vramplan.prediction import LIMIT_MARGIN
 from vramplan.report.charts import (
     GROUPS,
@@ -26,7 +25,6 @@ from vramplan.units import GIB, format_bytes
 METHOD_NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 NOT_PREDICTED = "not predicted"
 Cell = Callable[[Entry], str]
-Key = tuple[str, int, Job]
 
 
 def comparison_page(comparison: Comparison, origin: Mapping[str, Any], *, draw: bool) -> Page:
@@ -110,21 +108,16 @@ def job_names(entries: Sequence[Entry]) -> dict[Key, str]:
     """How to name each job: model, method, and what tells it from the others."""
     more = differences(entries)
     return {
-        _key(e): f"{e.model.name} {METHOD_NAMES[e.asked.method]} {more[e.asked]}".rstrip()
+        e.key: f"{e.model.name} {METHOD_NAMES[e.asked.method]} {more[e.key]}".rstrip()
         for e in entries
     }
-
-
-def _key(entry: Entry) -> Key:
-    """The job as it was asked for, before a card without bf16 changed it."""
-    return entry.model.name, entry.model.num_parameters, entry.asked
 
 
 def matrix(entries: Sequence[Entry], name: str, text: str, cell: Cell) -> Table:
     """Jobs down and cards across, or the other way round where there are more cards than jobs."""
     jobs = job_names(entries)
     cards = list(dict.fromkeys(entry.gpu.slug for entry in entries))
-    cells = {(_key(entry), entry.gpu.slug): cell(entry) for entry in entries}
+    cells = {(entry.key, entry.gpu.slug): cell(entry) for entry in entries}
     if len(cards) > len(jobs):
         rows = [(card, *(cells.get((job, card), "") for job in jobs)) for card in cards]
         return Table(name, ("card", *jobs.values()), tuple(rows), text)
@@ -160,7 +153,7 @@ def parts(entries: Sequence[Entry], *, draw: bool) -> Table:
     names = job_names(entries)
     shown: dict[Key, Entry] = {}
     for entry in sorted(entries, key=lambda entry: not entry.gpu.supports_bf16):
-        shown.setdefault(_key(entry), entry)
+        shown.setdefault(entry.key, entry)
     jobs = {key: shown[key] for key in names}
     groups = [g.name for g in GROUPS if any(grouped(e.parts)[g.name] for e in jobs.values())]
     rows = [
