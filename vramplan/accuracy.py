@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UnknownNameError
-from vramplan.foretold import Foretold, Round, rounds
+from vramplan.foretold import TRACES, Foretold, Round, read, rounds
 from vramplan.gpus import Gpu, find_gpu
 from vramplan.job import recorded_job
 from vramplan.prediction import Prediction, judge, predict
 from vramplan.record import Record, read_record
 from vramplan.report.page import Page, Table
+from vramplan.timefit import Timed, fit_times, measured_step_time
 from vramplan.timeline import BEFORE_TRAINING, Phase
+from vramplan.timing import step_time
 from vramplan.units import MIB
 
 REPEAT = "-repeat"
@@ -203,12 +205,36 @@ def beforehand(found: Sequence[Row], written: Round) -> Table:
         for row in found
         if row.record.name in written.predictions
     ]
+    times_then = {
+        row.record.name: seconds / measured - 1
+        for row in distinct(found)
+        if (was := written.predictions.get(row.record.name)) is not None
+        and (seconds := was.step_time_s) is not None
+        and (measured := measured_step_time(row.record)) is not None
+    }
     return Table(
         f"Predicted before they were measured, {written.created[:16].replace('T', ' ')} UTC",
         ("figure", *SPREAD),
-        summary(then).rows,
+        summary(then).rows + ((("step time", *spread(times_then)),) if times_then else ()),
         "The predictions were committed before the runs were made. These are the errors of the "
         "predictions as they stood; what they taught is in all other tables.",
+    )
+
+
+def traces(found: Sequence[Row], written: Round) -> Table:
+    """The errors of the second witness, as it was last asked."""
+    then = [
+        Row(row.record, row.prediction, figures(row.record, written.predictions[row.record.name]))
+        for row in found
+        if row.record.name in written.predictions
+    ]
+    return Table(
+        "The trace, the second witness",
+        ("figure", *SPREAD),
+        summary(then).rows,
+        "transformers, peft, bitsandbytes and torch run on fake tensors, then the allocator's "
+        f"replay (vramplan accuracy --traces, {written.created[:10]}). It loads weights as "
+        "from_pretrained does; the runs made theirs on the card.",
     )
 
 
@@ -415,6 +441,39 @@ def paging(found: Iterable[Row]) -> Table:
     )
 
 
+def times(found: Sequence[Row]) -> Table:
+    """Step times, each family predicted by rates fitted to the others."""
+    fitted = fit_times([row.record for row in found])
+    lines = []
+    if fitted is not None:
+        clocks = {run.name: step_time(run.walked, run.job, fitted.rates) for run in fitted.runs}
+        keys: tuple[Callable[[Timed], str], ...] = (
+            lambda run: "all",
+            lambda run: (
+                "decided by the card"
+                if clocks[run.name].card_s > clocks[run.name].host_s
+                else "decided by the host"
+            ),
+            lambda run: run.job.method,
+            lambda run: run.family,
+        )
+        lines = [
+            (name, *spread({n: fitted.ratios[n] - 1 for n in names}))
+            for key in keys
+            for name in sorted({key(run) for run in fitted.runs})
+            if (names := [run.name for run in fitted.runs if key(run) == name])
+        ]
+    return Table(
+        "Step time, each family left out in turn",
+        ("jobs", *SPREAD),
+        tuple(lines),
+        "Rates fitted to the other families' runs. Median step of a run, runs of one job counted "
+        "once; runs that recorded a history or paging events, or whose allocator retried, are left "
+        "out. The host's pace is not the same in every run (see the repeats), and no prediction "
+        "can know it.",
+    )
+
+
 def details(found: Iterable[Row]) -> Table:
     """One row per run."""
     lines = []
@@ -446,16 +505,18 @@ def accuracy_page(folder: Path) -> Page:
     return Page(
         f"Accuracy on {record.gpu.name}",
         f"Stock transformers.Trainer, random weights; driver {record.gpu.driver}, {versions}. "
-        f"Made by: vramplan accuracy. The runs by: {record.command}. All were looked at since; "
-        "what was predicted beforehand has tables of its own. Errors are predicted over measured, "
-        "minus one.",
+        f"Made by: vramplan accuracy. The runs by: {record.command}. All have been looked at "
+        "since; what was predicted beforehand has tables of its own. Errors are predicted over "
+        "measured, minus one.",
         (
             summary(found),
             *(beforehand(found, written) for written in rounds(folder)),
+            *([traces(found, read(folder / TRACES))] if (folder / TRACES).exists() else []),
             *(
                 make(found)
                 for make in (
-                    too_low, groups, phases, left_out, emulated, limits, repeats, paging, details,
+                    too_low, groups, phases, left_out, emulated, limits, repeats, times, paging,
+                    details,
                 )
             ),
         ),

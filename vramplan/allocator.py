@@ -85,7 +85,7 @@ class CachingAllocator:
         self.peak_allocated = 0
         self.ready_allocated = 0  # when training began, for the replay
         self.retries = 0
-        self.num_large_segments = 0  # ever taken from the driver
+        self.num_large_segments = 0  # taken from the driver or grown, ever
         self._max_split = settings.max_split_bytes
         self._chooses = self._max_split != NO_LIMIT  # else the smallest serves
         # large requests below the first are split where at least the second is left (should_split)

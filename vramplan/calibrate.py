@@ -20,6 +20,8 @@ from vramplan.files import provenance, write_text
 from vramplan.job import Job
 from vramplan.profile import NEEDED, SCHEMA_VERSION, Constant, Profile, profile_file, profile_for
 from vramplan.record import Record, read_record
+from vramplan.timefit import START, TimeFit, fit_times
+from vramplan.timing import RATIO
 from vramplan.units import MIB
 
 MIN_RECORDS = 3
@@ -163,9 +165,23 @@ RULES = (
     ),
 )
 MANAGED = "managed_step_bytes"
-WHAT = {rule.name: rule.what for rule in RULES} | {
-    MANAGED: "steps in which managed memory takes device memory"
+# fitted to the step times of all runs: (unit, what it is)
+TIMES = {
+    "operation_s": ("s", "the host's time for one operation of a model's forward"),
+    "quantised_call_s": ("s", "the host's time for one call of bitsandbytes' autograd functions"),
+    "micro_step_s": ("s", "the host's time for a micro-batch outside the model"),
+    "fp32_flops_per_s": ("flop/s", "fp32 matrix products in training, TF32 off"),
+    "attention_flops_per_s": ("flop/s", "fused attention in training"),
+    "moved_bytes_per_s": ("bytes/s", "bytes read and written by all other kernels in training"),
+    "dequantised_per_s": ("weights/s", "quantised weights made 16-bit"),
+    "updated_8bit_per_s": ("elements/s", "elements of 8-bit optimizer state updated"),
+    RATIO: ("", "step time predicted over measured, each family left out in turn"),
 }
+WHAT = (
+    {rule.name: rule.what for rule in RULES}
+    | {MANAGED: "steps in which managed memory takes device memory"}
+    | {name: what for name, (_, what) in TIMES.items()}
+)
 
 
 def find_records(paths: Iterable[Path]) -> list[Record]:
@@ -237,6 +253,10 @@ def _fit(group: Group, records: Sequence[Record]) -> Fitted:
         if observations[rule.name]
     }
     constants[MANAGED], observations[MANAGED] = _managed_step(records, constants)
+    times = fit_times(records)
+    if times is not None:
+        for name, (constant, observed) in _times(times).items():
+            constants[name], observations[name] = constant, observed
     missing = sorted(NEEDED - constants.keys())
     if missing:
         raise UsageError(
@@ -313,6 +333,36 @@ def _constant(rule: Rule, observed: Mapping[str, float]) -> Constant:
         num_observations=len(values),
         confidence=confidence(len(values), residual / value if value else 0.0),
     )
+
+
+def _times(fitted: TimeFit) -> dict[str, tuple[Constant, dict[str, float]]]:
+    """The fitted rates; a rate's observations are its values without one family each."""
+    found = {
+        name: (
+            getattr(fitted.rates, name),
+            {f"without {family}": getattr(rates, name) for family, rates in fitted.without.items()},
+        )
+        for name in START
+    }
+    found[RATIO] = statistics.median(fitted.ratios.values()), dict(fitted.ratios)
+    constants = {}
+    for name, (value, observed) in found.items():
+        # a ratio is to be 1, whatever its median
+        target = 1.0 if name == RATIO else value
+        residual = statistics.median(abs(v - target) for v in observed.values())
+        constants[name] = (
+            Constant(
+                value=value,
+                unit=TIMES[name][0],
+                low=min(observed.values()),
+                high=max(observed.values()),
+                residual=residual,
+                num_observations=len(fitted.runs),
+                confidence=confidence(len(fitted.runs), residual / value),
+            ),
+            observed,
+        )
+    return constants
 
 
 def confidence(num_observations: int, share: float) -> str:

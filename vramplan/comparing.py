@@ -10,14 +10,15 @@ from vramplan.catalogue import find_model, model_from_config
 from vramplan.comparison import Comparison, Entry, Run
 from vramplan.errors import UsageError, VramplanError
 from vramplan.gpus import Gpu, find_gpu
-from vramplan.job import Job
+from vramplan.job import Job, recorded_job
 from vramplan.model import Model
 from vramplan.prediction import Prediction, alike, job_for, judge, predict, usable_bytes
+from vramplan.timing import pace
 
 if TYPE_CHECKING:
     from vramplan.record import Record
 
-UNKNOWN = "unknown"
+UNKNOWN, EXTRAPOLATED = "unknown", "extrapolated"
 CACHED, CONTEXT, PAGED = "cached", "context", "paged_optimizer"
 
 
@@ -87,7 +88,7 @@ def _run(record: Record) -> Run:
 
 def _job_of(record: Record) -> tuple[Model, Job] | None:
     try:
-        return model_from_config(record.config, record.model), Job.from_dict(record.job)
+        return model_from_config(record.config, record.model), recorded_job(record)
     except UsageError:
         return None  # its Run says why
 
@@ -119,6 +120,7 @@ class _Variants:
     def entry(self, asked: Job, gpu: Gpu, price: float | None) -> Entry:
         """What one of the cards makes of it."""
         prediction, usable = self.headline, usable_bytes(gpu)
+        speed = pace(prediction.estimate, self.job, gpu)
         verdict = None if usable is None else judge(prediction, gpu.slug, usable)
         top = max(self.model.dims.max_positions, self.job.seq_len)
         return Entry(
@@ -145,6 +147,9 @@ class _Variants:
             largest_seq_len=self._largest("seq_len", usable, SEQ_STEP, top),
             calibration=prediction.profile.name,
             borrowed=prediction.profile.borrowed,
+            step_time_s=None if speed is None else speed.step_s,
+            tokens_per_s=None if speed is None else speed.tokens_per_s,
+            extrapolated=speed is not None and speed.source == EXTRAPOLATED,
             price_per_hour=price,
         )
 

@@ -47,6 +47,7 @@ class Entry:
         borrowed: Whether these are another card's.
         step_time_s: Time of one optimizer step; None where it is not predicted.
         tokens_per_s: Tokens trained per second; None as above.
+        extrapolated: Whether these rest on another card's measured rates.
         price_per_hour: What an hour of the card costs, as the user said.
     """
 
@@ -66,6 +67,7 @@ class Entry:
     borrowed: bool
     step_time_s: float | None = None
     tokens_per_s: float | None = None
+    extrapolated: bool = False
     price_per_hour: float | None = None
 
     @property

@@ -23,12 +23,14 @@ from vramplan.job import Job
 from vramplan.layers import Built, num_lead_layers, runs_of
 from vramplan.model import LinearSpec, Model
 from vramplan.tape import Param, Storage, Tape, Tensor
-from vramplan.timeline import Kind, Peak, Phase, Timeline
+from vramplan.timeline import CLIP, Kind, Peak, Phase, Timeline
 from vramplan.units import BLOCK_BYTES, round_block
+from vramplan.work import Work, total_flops
 
 CUBLAS_WORKSPACE_HOPPER = 32 * 1024**2
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8
 CUBLASLT_WORKSPACE = 1024**2
+NORM_CHUNK = 65536  # elements
 DEFAULT_CAPABILITY = (9, 0)  # the card of the recorded runs
 
 
@@ -44,9 +46,11 @@ class Estimate:
         static_bytes: Everything that stays put during a step: model, optimizer, workspaces.
         optimizer_bytes: Optimizer state on the device.
         paged_bytes: Optimizer state in managed memory.
-        flops: Floating point operations of one optimizer step.
-        moved_bytes: Bytes read and written by one optimizer step's forward and backward.
+        work: One micro-batch's forward and backward, as asked of the host and the card.
+        num_micro_steps: Micro-batches of one optimizer step.
         num_trainable: Trainable parameters.
+        num_trainable_tensors: The tensors they are in.
+        trainable_bytes: Their size.
         tape: The tape it was walked on; its timeline holds every allocation.
     """
 
@@ -57,15 +61,22 @@ class Estimate:
     static_bytes: int
     optimizer_bytes: int
     paged_bytes: int
-    flops: int
-    moved_bytes: int
+    work: tuple[Work, ...]
+    num_micro_steps: int
     num_trainable: int
+    num_trainable_tensors: int
+    trainable_bytes: int
     tape: Tape
 
     @property
     def timeline(self) -> Timeline:
         """Every allocation of the run."""
         return self.tape.timeline()
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of one optimizer step."""
+        return self.num_micro_steps * total_flops(self.work)
 
     def peak(self) -> Peak:
         """The fullest moment of the step."""
@@ -192,19 +203,19 @@ class Step:
         batches = self._batches()
         for _ in range(min(self.job.gradient_accumulation_steps, 2)):
             self._micro_step()
+        work = tuple(t.work)
         del batches
         walk_peak = t.peak_bytes
         t.peak_bytes = 0
         self._optimizer_step()
         step_peak = t.peak_bytes
-        steps = self.job.gradient_accumulation_steps
-        work = t.flops, t.moved_bytes
         t.peak_bytes = 0
         if self.job.evaluate:
             EvaluationLoop(t, self.family, self.built, self.job, self.env).run()
         evaluate_peak = t.peak_bytes
         t.peak_bytes = max(before, walk_peak, step_peak, evaluate_peak)
         t.finish()
+        trainable = self.built.trainable
         return Estimate(
             ready_bytes=ready,
             peak_allocated_bytes=max(walk_peak, step_peak, evaluate_peak),
@@ -213,9 +224,11 @@ class Step:
             static_bytes=static,
             optimizer_bytes=optimizer_bytes,
             paged_bytes=paged,
-            flops=work[0] * steps // min(steps, 2),
-            moved_bytes=work[1] * steps // min(steps, 2),
+            work=work,
+            num_micro_steps=self.job.gradient_accumulation_steps,
             num_trainable=self.built.num_trainable,
+            num_trainable_tensors=sum(p.copies for p in trainable),
+            trainable_bytes=sum(p.copies * p.numel * p.dtype.size for p in trainable),
             tape=t,
         )
 
@@ -273,6 +286,8 @@ class Step:
     def _micro_step(self) -> None:
         t, forward = self.tape, self.forward
         t.phase = Phase.FORWARD
+        t.close_work(1)
+        t.work = []
         t.kind = Kind.ACTIVATIONS
         loss = forward.run()[0]
         t.phase = Phase.BACKWARD
@@ -284,6 +299,7 @@ class Step:
         if forward.leaf is not None:
             forward.leaf.release()
             forward.leaf = None
+        t.close_work(1)
 
     def _backward(self, loss: Tensor) -> None:
         """Layer by layer, so that folded layers are folded here too."""
@@ -304,26 +320,27 @@ class Step:
         t.phase = Phase.STEP
         t.owner = "optimizer"
         trainable = self.built.trainable
-        count = sum(p.copies for p in trainable)
-        norms = Storage(t, BLOCK_BYTES * count, Kind.WORKSPACE, "clip_grad_norm")
-        del norms
+        self._clip(trainable)
         self._update(trainable)
         t.zero_grad(self.built.trainable)
+
+    def _clip(self, trainable: list[Param]) -> None:
+        """clip_grad_norm_: a norm a gradient, from partial sums for each of its chunks.
+
+        Source: torch 2.11 ``native/cuda/ForeachReduceOp.cu`` (``foreach_tensor_norm_cuda``: as many
+        chunks for every tensor as the largest has).
+        """
+        count = sum(param.copies for param in trainable)
+        chunks = max((-(-param.numel // NORM_CHUNK) for param in trainable), default=0)
+        sums = Storage(self.tape, round_block(count * chunks * 4), Kind.WORKSPACE, CLIP)
+        norms = Storage(self.tape, BLOCK_BYTES * count, Kind.WORKSPACE, CLIP)
+        del sums, norms
 
     def _update(self, trainable: list[Param]) -> None:
         """The temporaries of the optimizer's step."""
         t, optimizer = self.tape, self.job.optimizer
-        if optimizer.loop_temporaries:
-            # one parameter after another, first all that decay; a local of the loop still holds
-            # the last one's update while the next begins
-            decayed = [param for param in trainable if param.rows]
-            before = 0
-            for param in (*decayed, *(param for param in trainable if not param.rows)):
-                sizes = optimizer.step_temporaries(param.numel, param.dtype)
-                update = round_block(param.numel * FP32.size)
-                held = [Storage(t, n, Kind.WORKSPACE, "optimizer") for n in (before, *sizes) if n]
-                del held
-                before = update
+        if optimizer.factored:
+            self._adafactor_update(trainable)
             return
         made: list[tuple[int, Storage]] = []
         for copies, params in groupby(trainable, key=lambda p: p.copies):
@@ -335,3 +352,36 @@ class Step:
                 ]
         for copies, storage in made:  # all live until the last
             storage.copies = copies
+
+    def _adafactor_update(self, trainable: list[Param]) -> None:
+        """Adafactor.step: one parameter after another, first all that decay, in fp32.
+
+        Locals of its loop still hold the last parameter's tensors while the next one's are made.
+
+        Source: transformers 5.17.0 ``optimization.py`` (``Adafactor.step``).
+
+        Known limitations:
+            The buffer of a mean over many rows is left out; it is smaller than what goes before it.
+        """
+        decayed = [param for param in trainable if param.rows]
+        grad = weights = update = None
+        for param in (*decayed, *(param for param in trainable if not param.rows)):
+            nbytes = round_block(param.numel * FP32.size)
+
+            def new(nbytes: int = nbytes) -> Storage:
+                return Storage(self.tape, nbytes, Kind.WORKSPACE, "optimizer")
+
+            cast = param.dtype is not FP32
+            grad = None
+            grad = new() if cast else None
+            weights = None
+            weights = new() if cast else None
+            squared = new()
+            raised = new()  # grad ** 2 + eps
+            del squared
+            update = raised
+            del raised
+            update = new()  # grad / sqrt(averages)
+            negative = new()
+            del negative
+        del grad, weights, update

@@ -88,6 +88,7 @@ class ExpandableAllocator(CachingAllocator):
             self._map(after, min(nbytes - block.size, after.size))
         self._drop_free(block)
         block.free = False
+        self.num_large_segments += not small
         return block
 
     def _lowest(self, nbytes: int, small: bool) -> Block:

@@ -15,16 +15,19 @@ from typing import Any, NamedTuple
 
 from vramplan.errors import RecordError
 from vramplan.files import provenance
+from vramplan.gpus import Gpu
 from vramplan.prediction import Prediction
 from vramplan.record import MAX_RECORD_BYTES
+from vramplan.timing import pace
 
 SCHEMA_VERSION = 1
 FILES = "predictions*.json"
+TRACES = "traces.json"  # what the trace says of recorded jobs, in the same form
 
 
 @dataclass(frozen=True, slots=True)
 class Foretold:
-    """The numbers of a prediction as they were written down, in bytes.
+    """The numbers of a prediction as they were written down, in bytes and seconds.
 
     Attributes:
         ready_bytes: Allocated when training is about to start.
@@ -34,6 +37,7 @@ class Foretold:
         device_peak_bytes: What the driver shows for the process.
         load_peak_bytes: Largest allocated while loading.
         paged_bytes: Optimizer state in managed memory.
+        step_time_s: One optimizer step; None where it was not predicted.
     """
 
     ready_bytes: int
@@ -43,19 +47,25 @@ class Foretold:
     device_peak_bytes: int
     load_peak_bytes: int
     paged_bytes: int
+    step_time_s: float | None = None
 
     @classmethod
-    def of(cls, prediction: Prediction) -> Foretold:
-        """What a prediction says now."""
-        return cls(**{field.name: getattr(prediction, field.name) for field in fields(cls)})
+    def of(cls, prediction: Prediction, gpu: Gpu) -> Foretold:
+        """What is predicted now, for a card."""
+        found = pace(prediction.estimate, prediction.job, gpu)
+        names = [field.name for field in fields(cls) if field.name != "step_time_s"]
+        return cls(
+            **{name: getattr(prediction, name) for name in names},
+            step_time_s=None if found is None else found.step_s,
+        )
 
 
-def document(found: Iterable[tuple[str, Prediction]]) -> dict[str, Any]:
-    """The file's content: predictions by the name of their run."""
+def document(found: Iterable[tuple[str, Prediction]], gpu: Gpu) -> dict[str, Any]:
+    """The file's content: predictions by the name of their run, on a card."""
     return {
         "schema_version": SCHEMA_VERSION,
         **provenance(),
-        "predictions": {name: asdict(Foretold.of(prediction)) for name, prediction in found},
+        "predictions": {name: asdict(Foretold.of(prediction, gpu)) for name, prediction in found},
     }
 
 

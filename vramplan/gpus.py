@@ -33,6 +33,7 @@ class Gpu:
         fp16_flops_per_s: As above.
         tf32_flops_per_s: As above.
         fp32_flops_per_s: Rate outside the tensor cores, in operations per second.
+        board_power_w: What the whole card may draw, in watts; None where that is not certain.
         compute_capability: (major, minor).
         architecture: "ampere", "hopper", ...
         source: Where the rates come from.
@@ -50,6 +51,7 @@ class Gpu:
     fp16_flops_per_s: float | None
     tf32_flops_per_s: float | None
     fp32_flops_per_s: float | None
+    board_power_w: float | None
     compute_capability: tuple[int, int]
     architecture: str
     source: str
@@ -96,6 +98,7 @@ def _gpu(row: Mapping[str, Any]) -> Gpu:
         fp16_flops_per_s=flops("fp16"),
         tf32_flops_per_s=flops("tf32"),
         fp32_flops_per_s=flops("fp32"),
+        board_power_w=row.get("board_power_w"),
         compute_capability=(int(major), int(minor)),
         architecture=row["architecture"],
         source=row["source"],

@@ -64,6 +64,7 @@ class Linear:
     def __call__(self, t: Tape, x: Tensor) -> Tensor:
         """Run the layer on x [tokens, in_features]."""
         outer, t.owner = t.owner, self.owner
+        t.num_layers += 1
         if self.adapter is None:
             out = self._base(t, x)
         elif self.quant_type:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vramplan.errors import UnknownNameError
-from vramplan.formats import FP32, Dtype
+from vramplan.formats import Dtype
 from vramplan.units import round_block
 
 PAGED_MIN_NUMEL = 100_000
@@ -32,9 +32,9 @@ class Optimizer:
         step_on_device: Whether a one-element step counter per parameter sits on the device.
         foreach_temporaries: Full-size temporaries (parameter dtype) of a multi-tensor step, held
             for all parameters at once.
-        loop_temporaries: fp32 temporaries of a step that goes parameter by parameter; the largest
-            parameter decides. Of them two are copies made only of 16-bit parameters.
         factored: Adafactor: row and column statistics instead of full-size state.
+        num_launches: Operations that a step launches for each parameter, where it goes parameter
+            by parameter; multi-tensor steps launch a handful for all together.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Optimizer:
     paged: bool = False
     step_on_device: bool = False
     foreach_temporaries: int = 0
-    loop_temporaries: int = 0
     factored: bool = False
+    num_launches: int = 0
 
     def state_parts(
         self, numel: int, rows: int, dtype: Dtype, *, embedding: bool = False, matrices: int = 1
@@ -85,19 +85,13 @@ class Optimizer:
         return ()
 
     def step_temporaries(self, numel: int, dtype: Dtype) -> list[int]:
-        """Bytes of the temporaries of one parameter's step.
-
-        They live until the step ends for ``foreach_temporaries``, until the next parameter for
-        ``loop_temporaries``.
-        """
-        if self.loop_temporaries:
-            count = self.loop_temporaries - (2 if dtype is FP32 else 0)
-            return [round_block(numel * 4)] * count
+        """Bytes of the temporaries of one parameter's multi-tensor step, held until it ends."""
         return [round_block(numel * dtype.size)] * self.foreach_temporaries
 
 
 def _bnb(name: str, states: int, bits: int, *, paged: bool = False) -> Optimizer:
-    return Optimizer(name, states, bits, "bitsandbytes", paged)
+    # Python's loop, the custom operation and, for paged state, the prefetch: as long as 5 launches
+    return Optimizer(name, states, bits, "bitsandbytes", paged, num_launches=5)
 
 
 OPTIMIZERS = {
@@ -109,8 +103,8 @@ OPTIMIZERS = {
         # std, and the gradients times -lr
         Optimizer("adagrad", 1, foreach_temporaries=2),
         Optimizer("rmsprop", 1, foreach_temporaries=1),
-        # grad and parameter in fp32, grad² and either grad² + eps, the new update or its negative
-        Optimizer("adafactor", 0, library="transformers", factored=True, loop_temporaries=4),
+        # its step, parameter by parameter, is walked by the estimate
+        Optimizer("adafactor", 0, library="transformers", factored=True, num_launches=28),
         _bnb("adamw_8bit", 2, 8),
         _bnb("adamw_bnb_8bit", 2, 8),
         _bnb("paged_adamw_8bit", 2, 8, paged=True),

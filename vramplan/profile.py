@@ -33,7 +33,7 @@ class Constant:
 
     Attributes:
         value: Median of what was observed, in ``unit``.
-        unit: "bytes", "s", "flop/s", "bytes/s".
+        unit: "bytes", "s", "flop/s", "bytes/s", ... ; empty for a ratio.
         low: Smallest observation.
         high: Largest observation.
         residual: Median distance of the observations from ``value``, in ``unit``.

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from copy import copy
 from itertools import takewhile
 
 from vramplan.alloc_conf import DEFAULT_SETTINGS, AllocatorSettings
 from vramplan.allocator import Block, CachingAllocator, OutOfMemory
 from vramplan.expandable import allocator_for
-from vramplan.timeline import BEFORE_TRAINING, Event, Kind, Phase, Section, Timeline, handed_on
+from vramplan.timeline import (
+    BEFORE_TRAINING,
+    CLIP,
+    Event,
+    Kind,
+    Phase,
+    Section,
+    Timeline,
+    handed_on,
+)
 
 Request = tuple[int, int]  # (block identity, bytes); negative bytes release it
 EMPTY_CACHE = 0  # marks: blocks of no bytes
@@ -144,9 +153,9 @@ def _in_order(timeline: Timeline) -> list[Request]:
                 kept[event.kind is Kind.OPTIMIZER].append(event)
         for sections, events in zip((load, state, steps), kept, strict=True):
             sections.append(Section(tuple(events), section.repeats))
-    evaluation = _of_phases(steps, {Phase.EVALUATE})
-    walk = _of_phases(steps, set(Phase) - {Phase.STEP, Phase.EVALUATE})
-    update = _of_phases(steps, {Phase.STEP})
+    evaluation = _where(steps, lambda e: e.phase is Phase.EVALUATE)
+    walk = _where(steps, lambda e: e.phase not in (Phase.STEP, Phase.EVALUATE) or e.owner == CLIP)
+    update = _where(steps, lambda e: e.phase is Phase.STEP and e.owner != CLIP)
     split = _mark(_SPLIT)
     whole = (*load, _mark(TRAINING_BEGINS), split, *walk, split, *state, split, *update)
     before, first_walk, made, last = _parts(unroll(Timeline(whole)))
@@ -179,8 +188,8 @@ def _parts(requests: list[Request]) -> list[list[Request]]:
     return [requests[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def _of_phases(sections: Iterable[Section], phases: Collection[Phase]) -> list[Section]:
-    return [Section(tuple(e for e in s.events if e.phase in phases), s.repeats) for s in sections]
+def _where(sections: Iterable[Section], wanted: Callable[[Event], bool]) -> list[Section]:
+    return [Section(tuple(filter(wanted, s.events)), s.repeats) for s in sections]
 
 
 def _without(marked: Collection[int], sections: Iterable[Section]) -> Timeline:

@@ -21,6 +21,7 @@ Known limitations:
 from __future__ import annotations
 
 import heapq
+import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from typing import Any
 from vramplan.formats import Dtype
 from vramplan.timeline import Event, Kind, Phase, Section, Timeline
 from vramplan.units import round_block
+from vramplan.work import Product, Work
 
 RawEvent = tuple[int, int, Kind, str, Phase, int]  # an Event's fields; cheaper to write
 _getrefcount = sys.getrefcount
@@ -208,8 +210,16 @@ class Tape:
         self.two_dimensional = False  # activations are [tokens, features], no reshape around mm
         self.live_bytes = 0
         self.peak_bytes = 0
-        self.flops = 0
         self.moved_bytes = 0
+        self.dequantised = 0
+        self.num_layers = 0
+        self.num_quantised = 0
+        self.work: list[Work] = []
+        self._products: list[Product] = []
+        self._num_frames = 0
+        self._num_recomputed = 0  # blocks made while recomputing, those by the engine
+        self._num_engine = 0
+        self._counted = (0,) * 7
         self.events: list[RawEvent] = []
         self._sections: list[tuple[list[RawEvent], int]] = []
         self.num_blocks = 0
@@ -253,8 +263,8 @@ class Tape:
     def repeated(self, repeats: int) -> Iterator[None]:
         """What happens inside happens ``repeats`` times in the run (identical layers)."""
         self._close_section(1)
+        self.close_work(1)
         start, before = self.live_bytes, self.peak_bytes
-        work = self.flops, self.moved_bytes
         self.peak_bytes = start
         self._repeats, self._section_start = repeats, self.num_blocks
         self._keeps_input = False
@@ -264,9 +274,25 @@ class Tape:
         change = self.live_bytes - start
         self.peak_bytes = max(before, self.peak_bytes + max(0, change) * more)
         self.live_bytes += change * more
-        self.flops += (self.flops - work[0]) * more
-        self.moved_bytes += (self.moved_bytes - work[1]) * more
         self._close_section(repeats)
+        self.close_work(repeats)
+
+    def close_work(self, repeats: int) -> None:
+        """End a stretch of work that happens ``repeats`` times."""
+        engine = self._num_engine
+        now = (
+            self.num_blocks - engine, engine, self.num_layers, self._num_frames,
+            self.num_quantised, self.moved_bytes, self.dequantised,
+        )  # fmt: skip
+        if now != self._counted:
+            counts = map(operator.sub, now, self._counted)
+            self.work.append(Work(self.phase, repeats, tuple(self._products), *counts))
+            self._products = []
+            self._counted = now
+
+    def multiply(self, unit: str, flops: int, read_bytes: int) -> None:
+        """A matrix product or attention kernel runs (see ``vramplan.work.Product``)."""
+        self._products.append((unit, flops, read_bytes))
 
     def _close_section(self, repeats: int) -> None:
         if self.events:
@@ -387,6 +413,8 @@ class Tape:
         outer = self.owner, self.kind, self._in_autocast
         self.kind = Kind.ACTIVATIONS
         self._refilling = frame
+        self._num_frames += 1
+        before = self.num_blocks
         try:
             with self.autocasting():
                 frame.recompute()
@@ -394,6 +422,7 @@ class Tape:
             pass
         finally:
             self._refilling = None
+            self._num_recomputed += self.num_blocks - before
             self.owner, self.kind, self._in_autocast = outer
         # the frame, and with it the block's input, lives until its last holder goes
         frame.holders = []
@@ -496,10 +525,12 @@ class Tape:
         Args:
             until_seq: A ``position``; what was recorded before it stays for a later call.
         """
+        before = self.num_blocks - self._num_recomputed
         ready = self._ready
         while ready and -ready[0][0] > until_seq:
             node = heapq.heappop(ready)[2]
             self._execute(node, ready)
+        self._num_engine += self.num_blocks - self._num_recomputed - before
 
     def _execute(self, node: Node, ready: list[tuple[int, int, Node]]) -> None:
         grad = node.grad
@@ -544,14 +575,16 @@ class Tape:
             return
         # references to `old`: the slot, the local, getrefcount's argument
         if not old.aliased and _getrefcount(old) <= 3 and _getrefcount(old.storage) <= 2:
-            self.moved_bytes += value.numel * value.dtype.size * 2
+            self.moved_bytes += value.numel * value.dtype.size * 3
             return
+        self.moved_bytes += old.numel * old.dtype.size * 2
         node.grad = self.new(old.numel, old.dtype, old.storage.kind)
 
     def _arrive_at_leaf(self, param: Param, value: Tensor) -> None:
         """A parameter used twice (a tied head) waits for both gradients and adds them up."""
         param.waiting -= 1
         if param.pending is not None:
+            self.moved_bytes += value.numel * value.dtype.size * 2
             if param.pending.aliased:
                 value = self.new(param.numel, param.pending.dtype, param.grad_kind)
             else:
@@ -565,7 +598,7 @@ class Tape:
     def _accumulate_leaf(self, param: Param, value: Tensor) -> None:
         """AccumulateGrad: take the first gradient over, add later ones in place."""
         if param.grad is not None:
-            self.moved_bytes += value.numel * value.dtype.size * 2
+            self.moved_bytes += value.numel * value.dtype.size * 3
             return
         storage = value.storage
         assert storage is not None

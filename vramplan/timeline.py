@@ -49,6 +49,7 @@ class Phase(enum.StrEnum):
     __hash__ = object.__hash__
 
 
+CLIP = "clip_grad_norm"  # owner of what clipping allocates, before the optimizer has any state
 BEFORE_TRAINING = (Phase.LOAD, Phase.PREPARE)
 
 

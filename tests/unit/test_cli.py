@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+
+from vramplan.cli.pace import DataSet, pace_line, run_line
+from vramplan.timing import Pace, StepTime, WholeRun
 
 SCHEMA = {
     "schema_version": int,
@@ -21,6 +25,7 @@ PREDICTION = {
     *("witness", "ready_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "min_limit_bytes"),
     *("context_bytes", "device_peak_bytes", "paged_bytes", "load_peak_bytes", "host_ram_bytes"),
     *("disk_bytes", "peak_phase", "breakdown", "step_time_s", "tokens_per_s", "calibration"),
+    *("step_time_range_s", "time_source", "whole_run"),
 }
 
 
@@ -77,6 +82,22 @@ def test_fit_answers_first(arguments: tuple[str, ...], code: int, start: str) ->
         (("fit", "/nonexistent/config.json", "--gpu", "3060"), "does not exist"),
         (("fit", "gpt-j-6b", "--gpu", "3060", "--nonsense"), "--nonsense"),
         (("estimate", "gpt-j-6b", "--method", "half"), "qlora"),
+        (
+            ("fit", "gpt-j-6b", "--gpu", "3060", "--num-samples", "0"),
+            "--num-samples must be above 0",
+        ),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--num-samples", "-5"), "--num-samples"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--num-samples", str(10**13)), "at most"),
+        (("fit", "gpt-j-6b", "--gpu", "3060", "--epochs", "2"), "needs --num-samples"),
+        (
+            ("fit", "gpt-j-6b", "--gpu", "3060", "--num-samples", "9", "--epochs", "nan"),
+            "--epochs must be above 0",
+        ),
+        (
+            ("fit", "gpt-j-6b", "--gpu", "3060", "--num-samples", "9", "--price-per-hour", "inf"),
+            "--price-per-hour must be above 0",
+        ),
+        (("estimate", "gpt-j-6b", "--num-samples", "9"), "--num-samples needs --gpu"),
     ],
 )
 def test_mistakes_get_one_clear_error(arguments: tuple[str, ...], words: str) -> None:
@@ -101,7 +122,14 @@ def test_json_contract(command: tuple[str, ...]) -> None:
     prediction = document["prediction"]
     assert set(prediction) >= PREDICTION
     assert sum(prediction["breakdown"].values()) == prediction["peak_allocated_bytes"]
-    assert prediction["step_time_s"] is None
+    if command[0] == "fit":
+        assert prediction["tokens_per_s"] == pytest.approx(1024 / prediction["step_time_s"])
+        low, high = prediction["step_time_range_s"]
+        assert low < prediction["step_time_s"] < high
+        assert prediction["time_source"] == "extrapolated"
+    else:  # no card, no time
+        assert prediction["step_time_s"] is prediction["time_source"] is None
+    assert prediction["whole_run"] is None
     assert document["job"]["optim"] == "paged_adamw_8bit"
     if command[0] == "fit":
         (verdict,) = document["verdicts"]
@@ -169,6 +197,56 @@ def test_cards_side_by_side() -> None:
     run = vramplan("fit", "gpt-j-6b", "--gpu", "t4", "--gpu", "rtx-3090-24gb", "--seq-len", "512")
     assert "Batch 1 x 512 tokens, paged_adamw_8bit" in run.stdout
     assert "No bf16, planned in fp16: t4-16gb." in run.stdout
+
+
+def test_pace_and_whole_run_in_two_lines() -> None:
+    run = vramplan(
+        *("fit", "gpt-j-6b", "--gpu", "h100-sxm-80gb", "--batch-size", "4"),
+        *("--num-samples", "50000", "--epochs", "2", "--price-per-hour", "2.5"),
+    )
+    _answer, _job, pace, whole, *_ = run.stdout.splitlines()
+    number = r"[\d,.]+"
+    took = rf"{number} m?s"
+    assert re.fullmatch(rf"About {took} a step, {number} tokens/s \({took} to {took}\)", pace)
+    assert re.fullmatch(
+        rf"50,000 sequences, 2 epochs: 25,000 steps, {number} h, "
+        rf"at most {number} kWh for the card, cost {number}",
+        whole,
+    )
+    run = vramplan("estimate", "gpt-j-6b", "--gpu", "a100-80gb")
+    assert re.search(rf"About .* to {took}, extrapolated from h100-sxm-80gb\)\n", run.stdout)
+
+
+def test_words_of_pace_and_run() -> None:
+    time = StepTime(micro_steps_s=1.5, update_s=0.25, host_s=1.0, card_s=1.75)
+    found = Pace(time, 2340.6, 0.8, 2.4, "calibrated")
+    assert pace_line(found) == "About 1.75 s a step, 2,341 tokens/s (800 ms to 2.40 s)"
+    assert pace_line(found._replace(source="extrapolated")) == (
+        "About 1.75 s a step, 2,341 tokens/s (800 ms to 2.40 s, extrapolated from h100-sxm-80gb)"
+    )
+    data = DataSet(52_000, 3.0, 2.49)
+    assert run_line(WholeRun(39_000, 18.958, 13.27, 47.206), data) == (
+        "52,000 sequences, 3 epochs: 39,000 steps, 19.0 h, at most 13.3 kWh for the card, "
+        "cost 47.21"
+    )
+    assert run_line(WholeRun(39_000, 189.58, None, None), data) == (
+        "52,000 sequences, 3 epochs: 39,000 steps, 7.9 days"
+    )
+    assert run_line(WholeRun(39, 0.21, None, None), data).endswith("39 steps, 12.6 min")
+
+
+def test_tokens_per_second_of_every_card() -> None:
+    run = vramplan("fit", "gpt-j-6b", "--gpu", "h100-sxm-80gb", "--gpu", "p40", "--gpu", "t4")
+    last = {line.split()[0]: line.split()[-1] for line in run.stdout.splitlines() if "GiB" in line}
+    assert last["t4-16gb"].startswith("~") and last["p40-24gb"] == "?"
+    assert last["h100-sxm-80gb"].replace(",", "").isdigit()
+    assert "~: extrapolated from h100-sxm-80gb." in run.stdout
+
+
+def test_cards_without_known_rates_say_so() -> None:
+    run = vramplan("fit", "gpt-j-6b", "--gpu", "p40", "--num-samples", "9")
+    assert "Time, energy and cost of the run are not known for this card." in run.stdout
+    assert " a step" not in run.stdout
 
 
 def test_explain_sums_up() -> None:

@@ -117,7 +117,7 @@ def test_a_frame_has_the_same_rows(both: Comparison) -> None:
     assert list(frame.columns) == list(COLUMNS)
     rows = both.rows()
     assert [int(n) for n in frame["device_peak_bytes"]] == [r["device_peak_bytes"] for r in rows]
-    assert frame["tokens_per_s"].isna().all() and pandas.isna(frame["run"][0])
+    assert frame["emulated_gpu"].isna().all() and pandas.isna(frame["run"][0])
 
 
 def test_cost() -> None:
@@ -126,11 +126,14 @@ def test_cost() -> None:
 
 
 def test_speed_is_shown_where_it_is_predicted(both: Comparison) -> None:
-    entries = both.entries[:2]
+    entries = tuple(
+        replace(entry, step_time_s=None, tokens_per_s=None, extrapolated=False)
+        for entry in both.entries[:2]
+    )
     assert not speed(entries).headings and "not predicted" in speed(entries).text
     told = (replace(entries[0], tokens_per_s=1000.0, price_per_hour=3.6), entries[1])
     cells = [cell for row in speed(told).rows for cell in row[1:]]
-    assert cells == ["1,000 at 1.00", "not predicted"]
+    assert cells == ["1,000\nat 1.00", "not predicted"]
 
 
 def test_jobs_are_named_by_what_tells_them_apart() -> None:
@@ -227,7 +230,8 @@ def test_json_says_where_it_comes_from(both: Comparison) -> None:
     assert {"command", "created", "commit", "vramplan"} <= document.keys()
     assert len(document["rows"]) == len(both.entries)
     assert document["rows"][0]["parts"]["weights"] > 0
-    assert document["rows"][0]["step_time_s"] is None  # unknown is null, never 0
+    assert document["rows"][0]["tokens_per_s"] > 0
+    assert document["rows"][0]["cost_per_million_tokens"] is None  # unknown is null, never 0
 
 
 def test_more_cards_than_jobs_go_down(both: Comparison) -> None:

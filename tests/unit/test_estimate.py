@@ -23,6 +23,7 @@ from vramplan.prediction import LIMIT_MARGIN, job_for, judge, predict, usable_by
 from vramplan.replay import unroll
 from vramplan.resources import profiles_dir
 from vramplan.timeline import Kind
+from vramplan.work import Work, total_flops
 
 GIB = 1024**3
 FOLDER = profiles_dir() / "calibrations" / "h100-sxm-80gb"
@@ -259,9 +260,13 @@ def test_folded_patterns_equal_written_out_ones(pattern: str, job: Job, length: 
         plain = estimate(model, job)
     for number in (
         "ready_bytes", "peak_allocated_bytes", "static_bytes", "optimizer_bytes", "paged_bytes",
-        "flops", "moved_bytes", "num_trainable",
+        "num_trainable", "num_trainable_tensors", "trainable_bytes",
     ):  # fmt: skip
         assert getattr(walked, number) == getattr(plain, number), number
+    assert total_flops(walked.work) == total_flops(plain.work)
+    for count in Work._fields[3:]:
+        both = [sum(w.repeats * getattr(w, count) for w in e.work) for e in (walked, plain)]
+        assert both[0] == both[1], count
     assert peak.by_kind == plain.timeline.peak().by_kind
 
 

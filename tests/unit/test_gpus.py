@@ -33,6 +33,7 @@ def test_every_card_is_plausible_and_sourced() -> None:
             assert 0.85 < gpu.memory_bytes / (gpu.box_gb * 1024**3) <= 1, gpu.slug
             assert gpu.memory_source
         assert gpu.bandwidth_bytes_per_s is not None and 1e11 < gpu.bandwidth_bytes_per_s < 1e13
+        assert gpu.board_power_w is None or 50 <= gpu.board_power_w <= 1000, gpu.slug
         if not gpu.supports_bf16:
             assert gpu.bf16_flops_per_s is None and gpu.tf32_flops_per_s is None
 

@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 
 from vramplan import foretold
-from vramplan.accuracy import accuracy_page, rows
-from vramplan.catalogue import model_from_config
+from vramplan.accuracy import accuracy_page, distinct, rows
+from vramplan.catalogue import FoundConfig, model_from_config
 from vramplan.cli import app
 from vramplan.cli.options import check_outputs
 from vramplan.files import write_text
 from vramplan.gpus import find_gpu
-from vramplan.job import Job
+from vramplan.job import Job, recorded_job
 from vramplan.measure.spec import RunSpec, read_matrix
 from vramplan.prediction import Prediction
 from vramplan.prediction import predict as predict_job
@@ -55,6 +55,10 @@ def accuracy(
             show_default=False,
         ),
     ] = None,
+    traces: Annotated[
+        bool,
+        typer.Option("--traces", help="Trace every recorded job and write what comes out (.json)."),
+    ] = False,
     check: Annotated[
         Path | None,
         typer.Option(
@@ -67,11 +71,12 @@ def accuracy(
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
     """How right the predictions are, from recorded runs."""
-    forms = FORMS if predict is None else (".json",)
+    forms = (".json",) if traces or predict is not None else FORMS
     check_outputs(output or [], forms, force=force)
     folder = folder or profiles_dir() / "calibrations" / REFERENCE_GPU
-    if predict is not None:
-        text = json.dumps(foretold.document(unmeasured(folder, predict)), indent=1) + "\n"
+    if traces or predict is not None:
+        told = traced(folder) if predict is None else unmeasured(folder, predict)
+        text = json.dumps(foretold.document(told, find_gpu(folder.name)), indent=1) + "\n"
         if not output:
             print(text, end="")
         for path in output or []:
@@ -100,6 +105,20 @@ def unmeasured(folder: Path, matrix: Path) -> Iterator[tuple[str, Prediction]]:
             if not (folder / "runs" / f"{spec.name}.json").exists():
                 model = model_from_config(spec.config, spec.model)
                 yield spec.name, predict_job(model, spec.job, card, random_weights=True)
+
+
+def traced(folder: Path) -> Iterator[tuple[str, Prediction]]:
+    """What the trace says of every recorded job, repeats left out; jobs that it refuses are not."""
+    from vramplan.cli.witness import tracer_of  # noqa: PLC0415 - needs torch
+
+    card = find_gpu(folder.name)
+    for row in distinct(rows(folder)):
+        record = row.record
+        if record.peak_allocated_bytes is None:
+            continue
+        found = FoundConfig(record.model, record.config, record.name)
+        print(record.name, file=sys.stderr)
+        yield record.name, tracer_of(found)(recorded_job(record), card)
 
 
 def form(page: Page, suffix: str) -> str:

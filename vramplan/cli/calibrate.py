@@ -90,6 +90,8 @@ def text_of(value: float, unit: str) -> str:
     """A constant for people."""
     if unit == "bytes":
         return format_bytes(int(value))
+    if not unit:
+        return f"{value:.3g}"
     if unit == "s":
         return format_seconds(value)
     return format_rate(value, unit.removesuffix("/s"))

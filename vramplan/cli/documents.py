@@ -7,11 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from vramplan.advice import Advice
+from vramplan.cli.pace import pace_document
 from vramplan.estimate import attention_of
 from vramplan.families import find_family
 from vramplan.job import Job
 from vramplan.model import Model, TracedModel
 from vramplan.prediction import Prediction, Verdict
+from vramplan.timing import Pace, WholeRun
 
 SCHEMA_VERSION = 1
 
@@ -38,8 +40,10 @@ def model_document(model: Model | TracedModel) -> dict[str, Any]:
     }
 
 
-def prediction_document(prediction: Prediction) -> dict[str, Any]:
-    """Every number, in bytes; null is "not known"."""
+def prediction_document(
+    prediction: Prediction, found: Pace | None, run: WholeRun | None = None
+) -> dict[str, Any]:
+    """Every number, in bytes and seconds; null is "not known"."""
     profile = prediction.profile
     return {
         "witness": prediction.witness,
@@ -56,8 +60,7 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
         "disk_bytes": prediction.disk_bytes,
         "peak_phase": prediction.peak_phase,
         "breakdown": {kind.value: size for kind, size in prediction.breakdown().items()},
-        "step_time_s": None,
-        "tokens_per_s": None,
+        **pace_document(found, run),
         "num_trainable": prediction.estimate.num_trainable,
         "flops_per_step": prediction.estimate.flops,
         "calibration": profile.name,
@@ -82,8 +85,9 @@ def prediction_keys() -> tuple[str, ...]:
         "witness", "ready_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "min_limit_bytes",
         "context_bytes", "process_bytes", "device_peak_bytes", "paged_bytes", "load_peak_bytes",
         "host_ram_bytes", "disk_bytes", "peak_phase", "breakdown", "step_time_s", "tokens_per_s",
-        "num_trainable", "flops_per_step", "calibration", "calibration_borrowed",
-        "calibration_doubt_bytes", "first_step_peak_allocated_bytes", "phases", "bounds",
+        "step_time_range_s", "time_source", "whole_run", "num_trainable", "flops_per_step",
+        "calibration", "calibration_borrowed", "calibration_doubt_bytes",
+        "first_step_peak_allocated_bytes", "phases", "bounds",
     )  # fmt: skip
 
 
@@ -91,6 +95,8 @@ def document(
     model: Model | TracedModel,
     job: Job,
     prediction: Prediction,
+    found: Pace | None,
+    run: WholeRun | None = None,
     verdicts: Sequence[Verdict] = (),
     advice: Sequence[Advice] = (),
 ) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def document(
         "schema_version": SCHEMA_VERSION,
         "job": job_document(model, job),
         "model": model_document(model),
-        "prediction": prediction_document(prediction),
+        "prediction": prediction_document(prediction, found, run),
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "advice": [asdict(item) for item in advice],
     }

@@ -16,9 +16,19 @@ from vramplan.cli.lengths import (
     plan,
     print_lengths,
 )
+from vramplan.cli.pace import (
+    EpochsOption,
+    PriceOption,
+    SamplesOption,
+    data_set,
+    print_pace,
+    run_of,
+)
+from vramplan.errors import UsageError
 from vramplan.job import Job
 from vramplan.model import Model
 from vramplan.prediction import Prediction, job_for, usable_bytes
+from vramplan.timing import pace
 from vramplan.units import format_bytes, format_count
 
 
@@ -33,13 +43,19 @@ def estimate(
     job: Job,
     witness: o.WitnessOption = "estimate",
     max_seq_len_of: LengthsOption = None,
+    num_samples: SamplesOption = None,
+    epochs: EpochsOption = None,
+    price_per_hour: PriceOption = None,
     context: typer.Context,
     plot: o.PlotOption = None,
     force: o.ForceOption = False,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
-    """The numbers of one job: memory by kind, host RAM and disk."""
+    """The numbers of one job: memory by kind, host RAM, disk and, on a card, its pace."""
+    data = data_set(num_samples, epochs, price_per_hour)
+    if data is not None and gpu is None:
+        raise UsageError("--num-samples needs --gpu: a run's time depends on the card")
     planned = None
     if max_seq_len_of is not None:
         planned, job = plan(max_seq_len_of, job, context)
@@ -54,6 +70,8 @@ def estimate(
     job = job_for(job, card)
     prediction = ask(job, card)
     found = prediction.model
+    speed = pace(prediction.estimate, job, card)
+    run = run_of(speed, job, card, data)
     usable = usable_bytes(card) if card is not None and planned is not None else None
     ceilings = []
     if card is not None and usable is not None and isinstance(found, Model):
@@ -65,12 +83,13 @@ def estimate(
     if as_json:
         from vramplan.cli.documents import document  # noqa: PLC0415
 
-        answer = document(found, job, prediction)
+        answer = document(found, job, prediction, speed, run)
         if planned is not None:
             answer["lengths"] = lengths_document(planned, ceilings, job)
         output.print_json(answer)
         return
     print_numbers(prediction)
+    print_pace(output.console(), speed, run, data)
     if planned is not None:
         print_lengths(output.console(), planned, ceilings, prediction)
     if explain:

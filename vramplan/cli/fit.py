@@ -22,6 +22,16 @@ from vramplan.cli.lengths import (
     plan,
     print_lengths,
 )
+from vramplan.cli.pace import (
+    DataSet,
+    EpochsOption,
+    PriceOption,
+    SamplesOption,
+    data_set,
+    print_pace,
+    run_of,
+    tokens_text,
+)
 from vramplan.errors import UsageError
 from vramplan.job import Job
 from vramplan.model import Model, TracedModel
@@ -35,7 +45,9 @@ from vramplan.prediction import (
     least_bytes,
     usable_bytes,
 )
+from vramplan.profile import REFERENCE_GPU
 from vramplan.timeline import Phase
+from vramplan.timing import Pace, WholeRun, pace
 from vramplan.units import MIB, format_bytes, format_count, parse_size
 
 if TYPE_CHECKING:
@@ -60,6 +72,8 @@ class Answer(NamedTuple):
     job: Job
     prediction: Prediction
     verdict: Verdict | None
+    pace: Pace | None = None
+    run: WholeRun | None = None
 
 
 @app.command()
@@ -78,16 +92,20 @@ def fit(
     job: Job,
     witness: o.WitnessOption = "estimate",
     max_seq_len_of: LengthsOption = None,
+    num_samples: SamplesOption = None,
+    epochs: EpochsOption = None,
+    price_per_hour: PriceOption = None,
     context: typer.Context,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
     """Will the job fit? Exit code 0: yes, on a card at least; 1: on none; 2: could not answer."""
+    data = data_set(num_samples, epochs, price_per_hour)
     cards = find_cards(gpu or [], memory)
     planned = None
     if max_seq_len_of is not None:
         planned, job = plan(max_seq_len_of, job, context)
-    answers = answer_all(o.predictor(model, job, witness), job, cards)
+    answers = answer_all(o.predictor(model, job, witness), job, cards, data)
     judged = [a for a in answers if a.verdict is not None]
     if not judged:
         note = answers[0].card.gpu.memory_note if answers[0].card.gpu else ""
@@ -110,10 +128,11 @@ def fit(
 
         advice = advise(adviser, best) if adviser else []
         verdicts = [a.verdict for a in judged if a.verdict]
-        answer = document(found, best.job, best.prediction, verdicts, advice)
+        answer = document(found, best.job, best.prediction, best.pace, best.run, verdicts, advice)
         answer["answer_for"] = best.card.name  # whose job, prediction and advice these are
         answer["predictions"] = {
-            a.card.name: {"job": job_document(found, a.job)} | prediction_document(a.prediction)
+            a.card.name: {"job": job_document(found, a.job)}
+            | prediction_document(a.prediction, a.pace, a.run)
             for a in judged
         }
         if planned is not None:
@@ -122,7 +141,7 @@ def fit(
     elif len(answers) > 1:
         print_cards(found, answers)
     else:
-        print_answer(found, best, adviser)
+        print_answer(found, best, adviser, data)
         if explain:
             from vramplan.cli.explain import print_explanation  # noqa: PLC0415
 
@@ -171,7 +190,10 @@ def name_card(name: str) -> Gpu:
 
 
 def answer_all(
-    ask: Callable[[Job, Gpu | None], Prediction], job: Job, cards: list[Card]
+    ask: Callable[[Job, Gpu | None], Prediction],
+    job: Job,
+    cards: list[Card],
+    data: DataSet | None = None,
 ) -> list[Answer]:
     """Judge the job on every card; cards that would run it alike share one prediction."""
     shared: dict[object, Prediction] = {}
@@ -185,7 +207,9 @@ def answer_all(
         verdict = None
         if card.usable_bytes is not None:
             verdict = judge(prediction, card.name, card.usable_bytes)
-        answers.append(Answer(card, own, prediction, verdict))
+        found = pace(prediction.estimate, own, card.gpu)
+        run = run_of(found, own, card.gpu, data)
+        answers.append(Answer(card, own, prediction, verdict, found, run))
     return answers
 
 
@@ -293,13 +317,20 @@ def peak_words(prediction: Prediction) -> str:
     return words
 
 
-def print_answer(model: Model | TracedModel, answer: Answer, adviser: Adviser | None) -> None:
+def print_answer(
+    model: Model | TracedModel,
+    answer: Answer,
+    adviser: Adviser | None,
+    data: DataSet | None = None,
+) -> None:
     """The whole answer for one card."""
     out = output.console()
     prediction, verdict, job = answer.prediction, answer.verdict, answer.job
     assert verdict is not None
     out.print(headline(model, answer))
     out.print(describe(job))
+    if verdict.verdict != "no":
+        print_pace(out, answer.pace, answer.run, data)
     out.print()
     out.print(Text(f"Where the bytes go at the peak, {peak_words(prediction)}", style="bold"))
     parts = {kind.value: size for kind, size in prediction.breakdown().items()}
@@ -406,7 +437,7 @@ def print_cards(model: Model | TracedModel, answers: list[Answer]) -> None:
     out.print()
     table = output.plain_table(
         ("card", "left"), ("usable", "right"), ("takes", "right"), ("verdict", "left"),
-        ("to spare", "right"),
+        ("to spare", "right"), ("tokens/s", "right"),
     )  # fmt: skip
     order = {"fits": 0, "tight": 1, "no": 2}
     for answer in sorted(
@@ -422,9 +453,12 @@ def print_cards(model: Model | TracedModel, answers: list[Answer]) -> None:
             format_bytes(answer.prediction.device_peak_bytes),
             output.verdict_text(verdict.verdict if verdict else "unknown"),
             format_bytes(verdict.headroom_bytes) if verdict else "",
+            "" if verdict is None or verdict.verdict == "no" else tokens_text(answer.pace),
         )
     out.print(table)
     out.print()
+    if any(a.pace is not None and a.pace.source == "extrapolated" for a in answers):
+        out.print(Text(f"~: extrapolated from {REFERENCE_GPU}.", style="dim"))
     fp16 = [a.card.name for a in answers if a.card.gpu and not a.card.gpu.supports_bf16]
     if fp16:
         out.print(Text(f"No bf16, planned in fp16: {', '.join(fp16)}.", style="dim"))

@@ -30,7 +30,11 @@ def tracer(name: str) -> Callable[[Job, Gpu | None], Prediction]:
     Raises:
         UsageError: If there is no such model.
     """
-    found = find_config(name)
+    return tracer_of(find_config(name))
+
+
+def tracer_of(found: FoundConfig) -> Callable[[Job, Gpu | None], Prediction]:
+    """A function that predicts jobs on the model of a config by tracing them."""
 
     def predict(job: Job, gpu: Gpu | None) -> Prediction:
         profile = profile_for(gpu.slug if gpu else None)

@@ -253,6 +253,7 @@ def repeat_kv(t: Tape, x: Tensor, groups: int, *, heads: int = 0) -> Tensor:
     if heads == 1:
         out = Tensor(x.storage, x.numel * groups, x.dtype)
     else:
+        t.moved_bytes += x.numel * x.dtype.size
         out = t.new(x.numel * groups, x.dtype)
     if x.node is not None:
         out.node = t.node((x.node,), _repeat_kv_backward, args=(x.numel,))
@@ -260,6 +261,7 @@ def repeat_kv(t: Tape, x: Tensor, groups: int, *, heads: int = 0) -> Tensor:
 
 
 def _repeat_kv_backward(t: Tape, node: Node, grad: Tensor) -> tuple[Tensor]:
+    t.moved_bytes += grad.numel * grad.dtype.size
     return (t.new(node.args[0], grad.dtype),)
 
 

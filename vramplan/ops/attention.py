@@ -6,6 +6,8 @@ from vramplan.formats import FP32, INT64
 from vramplan.ops.base import Grads, result_of, to
 from vramplan.tape import Node, Tape, Tensor
 
+ATTENTION = "attention"  # a unit of work of its own: these kernels reach less than plain products
+
 
 def fused_attention(
     t: Tape,
@@ -45,19 +47,24 @@ def fused_attention(
     edges = (q.node, k.node, v.node)
     node = None
     if edges != (None, None, None):
-        node = t.node(edges, _fused_attention_backward, kept, (shape, cudnn))
+        node = t.node(edges, _fused_attention_backward, kept, (shape, cudnn, mask is not None))
     out = t.new(q.numel, q.dtype, node=node)
     lse = t.new(batch * heads * length, FP32)
     seed = t.new(1, INT64)
     offset = t.new(1, INT64)
-    t.flops += 2 * batch * heads * length * length * dim  # causal: half of 4 L² d
+    # causal: half of 4 L² d; a mask hides no work from the kernel
+    passes = 1 if mask is None else 2
+    read = (q.numel + k.numel + v.numel) * q.dtype.size
+    if mask is not None:
+        read += mask.numel * q.dtype.size
+    t.multiply(ATTENTION, 2 * passes * batch * heads * length * length * dim, read)
     if node is not None:
         node.saved += t.save((result_of(out), lse, seed, offset))
     return out
 
 
 def _fused_attention_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
-    shape, cudnn = node.args
+    shape, cudnn, masked = node.args
     q, k, v = [t.unpack(saved) for saved in node.saved][:3]
     batch, heads, kv_heads, length, dim = shape
     dq = t.new(q.numel, q.dtype)
@@ -72,8 +79,11 @@ def _fused_attention_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         dim_rounded = -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64
         workspace = [t.scratch(rounded * 4), t.scratch(rounded * dim_rounded * 4)]
         workspace += [t.scratch(expanded // 2) for _ in range(2 if expanded else 0)]
+    t.moved_bytes += 2 * sum(storage.nbytes for storage in workspace)
     del workspace
-    t.flops += 5 * batch * heads * length * length * dim
+    passes = 2 if masked else 1
+    read = (3 * q.numel + k.numel + v.numel) * q.dtype.size
+    t.multiply(ATTENTION, 5 * passes * batch * heads * length * length * dim, read)
     return dq, dk, dv
 
 
@@ -111,7 +121,8 @@ def efficient_attention(
         node = t.node(edges, _efficient_attention_backward, kept, (shape,))
     out = t.new(q.numel, q.dtype, node=node)
     lse = t.new(batch * heads * (-(-length // 32) * 32), FP32)
-    t.flops += 4 * batch * heads * length * length * dim
+    read = (q.numel + k.numel + v.numel) * q.dtype.size
+    t.multiply(ATTENTION, 4 * batch * heads * length * length * dim, read)
     if node is not None:
         node.saved += t.save((result_of(out), lse))
     return out
@@ -126,5 +137,6 @@ def _efficient_attention_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     dv = t.new(v.numel, v.dtype)
     delta = t.scratch(batch * heads * length * 4)
     del delta
-    t.flops += 10 * batch * heads * length * length * dim
+    read = (3 * q.numel + k.numel + v.numel) * q.dtype.size
+    t.multiply(ATTENTION, 10 * batch * heads * length * length * dim, read)
     return dq, dk, dv

@@ -22,6 +22,7 @@ def to(t: Tape, x: Tensor, dtype: Dtype) -> Tensor:
     """``x.to(dtype)``: nothing if it already has it."""
     if x.dtype is dtype:
         return x
+    t.moved_bytes += x.numel * x.dtype.size
     out = t.new(x.numel, dtype)
     if x.node is not None:
         out.node = t.node((x.node,), _to_backward, args=(x.dtype,))
@@ -30,7 +31,10 @@ def to(t: Tape, x: Tensor, dtype: Dtype) -> Tensor:
 
 def _to_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     dtype = node.args[0]
-    return (grad if grad.dtype is dtype else t.new(grad.numel, dtype),)
+    if grad.dtype is dtype:
+        return (grad,)
+    t.moved_bytes += grad.numel * grad.dtype.size
+    return (t.new(grad.numel, dtype),)
 
 
 def autocast_weight(t: Tape, weight: Tensor) -> Tensor:
@@ -55,6 +59,7 @@ def autocast_weight(t: Tape, weight: Tensor) -> Tensor:
 
 def copy(t: Tape, x: Tensor) -> Tensor:
     """``clone()``, or ``contiguous()`` of something that is not; the gradient passes through."""
+    t.moved_bytes += x.numel * x.dtype.size
     out = t.new(x.numel, x.dtype)
     if x.node is not None:
         out.node = t.node((x.node,), _pass)
@@ -94,6 +99,7 @@ def _pass(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def same_size(t: Tape, node: Node, grad: Tensor) -> Grads:
     """Backward that makes one new tensor of the gradient's size."""
+    t.moved_bytes += grad.numel * grad.dtype.size
     return (t.new(grad.numel, grad.dtype),)
 
 
@@ -113,6 +119,7 @@ def slice_(t: Tape, x: Tensor, numel: int) -> Tensor:
 
 
 def _slice_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.moved_bytes += 2 * grad.numel * grad.dtype.size  # copied into the zeros
     return (t.new(node.args[0], grad.dtype),)
 
 
@@ -127,6 +134,7 @@ def expand(t: Tape, x: Tensor, times: int) -> Tensor:
 
 
 def _sum_down(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.moved_bytes += grad.numel * grad.dtype.size
     return (t.new(node.args[0], grad.dtype),)
 
 
@@ -163,6 +171,7 @@ def _split_part(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def _split_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     parts, numel, dtype = node.args
+    t.moved_bytes += numel * dtype.size
     out = t.new(numel, dtype)
     parts.clear()
     return (out,)
@@ -174,6 +183,7 @@ def cat(t: Tape, tensors: Sequence[Tensor]) -> Tensor:
     for x in tensors[1:]:
         dtype = promote(dtype, x.dtype)
     out = t.new(sum(x.numel for x in tensors), dtype)
+    t.moved_bytes += out.numel * dtype.size
     if any(x.node is not None for x in tensors):
         sizes = tuple((x.numel, x.dtype) for x in tensors)
         out.node = t.node(tuple(x.node for x in tensors), _cat_backward, args=sizes)

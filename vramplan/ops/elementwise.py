@@ -32,10 +32,12 @@ def fit_grad(
     """
     if grad.numel != numel:
         rows = grad.numel // numel
+        t.moved_bytes += grad.numel * grad.dtype.size
         grad = t.new(numel, grad.dtype)
         if type(edge) is Param:
             column_sum(t, rows, numel)
     if grad.dtype is not dtype:
+        t.moved_bytes += numel * grad.dtype.size
         grad = t.new(numel, dtype)
     return grad
 
@@ -59,8 +61,10 @@ def _mul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     a_edge, b_edge = node.edges
     ga = gb = None
     if b_edge is not None:  # generated formulas go by argument name: other before self
+        t.moved_bytes += grad.numel * grad.dtype.size + a_numel * a_dtype.size
         gb = t.new(grad.numel, promote(grad.dtype, a_dtype))
     if a_edge is not None:
+        t.moved_bytes += grad.numel * grad.dtype.size + b_numel * b_dtype.size
         ga = t.new(grad.numel, promote(grad.dtype, b_dtype))
     t.drop_recomputed(node)
     if ga is not None:
@@ -105,6 +109,7 @@ def _sub_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     a_edge, b_edge = node.edges
     gb = None
     if b_edge is not None:
+        t.moved_bytes += grad.numel * grad.dtype.size
         gb = fit_grad(t, t.new(grad.numel, grad.dtype), b_numel, b_dtype)
     return (fit_grad(t, grad, a_numel, a_dtype) if a_edge is not None else None), gb
 
@@ -112,6 +117,7 @@ def _sub_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 def subtract_max(t: Tape, x: Tensor, groups: int) -> Tensor:
     """``x - x.max(dim=-1, keepdim=True).values``: the maximum's indices are kept."""
     node = t.node((x.node,), _max_backward, args=(x.numel,)) if x.node is not None else None
+    t.moved_bytes += x.numel * x.dtype.size
     values = t.new(groups, x.dtype, node=node)
     indices = t.new(groups, INT64)
     if node is not None:
@@ -164,12 +170,14 @@ def pow_scalar(t: Tape, x: Tensor) -> Tensor:
     """``x.pow(n)``, in fp32 under autocast; backward is ``grad * (n * x.pow(n - 1))``."""
     if t.autocast is not None:
         x = to(t, x, FP32)
+    t.moved_bytes += x.numel * x.dtype.size
     node = t.node((x.node,), _pow_backward, (x,)) if x.node is not None else None
     return t.new(x.numel, x.dtype, node=node)
 
 
 def _pow_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     x = t.unpack(node.saved[0])
+    t.moved_bytes += 4 * x.numel * x.dtype.size
     power = t.new(x.numel, x.dtype)
     scaled = t.new(x.numel, x.dtype)
     out = t.new(x.numel, x.dtype)
@@ -179,6 +187,7 @@ def _pow_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def mean(t: Tape, x: Tensor, groups: int) -> Tensor:
     """Mean over the last dimension; its gradient is expanded and divided at full size."""
+    t.moved_bytes += x.numel * x.dtype.size
     out = t.new(groups, x.dtype)
     if x.node is not None:
         out.node = t.node((x.node,), _mean_backward, args=(x.numel,))
@@ -196,6 +205,7 @@ def rsqrt(t: Tape, x: Tensor) -> Tensor:
 
 def _keep_result(t: Tape, x: Tensor, backward: BackwardFn) -> Tensor:
     """An operation whose node keeps its result."""
+    t.moved_bytes += x.numel * x.dtype.size
     node = t.node((x.node,), backward) if x.node is not None else None
     out = t.new(x.numel, x.dtype, node=node)
     if node is not None:
@@ -205,6 +215,7 @@ def _keep_result(t: Tape, x: Tensor, backward: BackwardFn) -> Tensor:
 
 def _three_temporaries(t: Tape, node: Node, grad: Tensor) -> Grads:
     x = t.unpack(node.saved[0])
+    t.moved_bytes += 4 * x.numel * x.dtype.size
     first = t.new(x.numel, x.dtype)
     second = t.new(x.numel, x.dtype)
     out = t.new(x.numel, x.dtype)
@@ -222,6 +233,7 @@ def keep_input(t: Tape, x: Tensor) -> Tensor:
 
 def _keep_input_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     x = t.unpack(node.saved[0])
+    t.moved_bytes += x.numel * x.dtype.size + grad.numel * grad.dtype.size
     return (t.new(x.numel, x.dtype),)
 
 
@@ -330,6 +342,7 @@ def dropout(t: Tape, x: Tensor, p: float) -> Tensor:
     """
     if p == 0:
         return x
+    t.moved_bytes += x.numel * x.dtype.size
     mask = t.new(x.numel, BOOL)
     out = t.new(x.numel, x.dtype)
     if x.node is not None:
@@ -338,5 +351,6 @@ def dropout(t: Tape, x: Tensor, p: float) -> Tensor:
 
 
 def _dropout_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.moved_bytes += grad.numel * (grad.dtype.size + BOOL.size)
     t.unpack(node.saved[0])
     return (t.new(grad.numel, grad.dtype),)

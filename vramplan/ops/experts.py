@@ -25,12 +25,14 @@ def index(t: Tape, x: Tensor, indices: Tensor, width: int) -> Tensor:
     node = None
     if x.node is not None:
         node = t.node((x.node,), _index_backward, (indices,), (x.numel, indices.numel))
+    t.moved_bytes += indices.numel * width * x.dtype.size
     return t.new(indices.numel * width, x.dtype, node=node)
 
 
 def _index_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     numel, rows = node.args
     t.unpack(node.saved[0])
+    t.moved_bytes += 2 * grad.numel * grad.dtype.size  # added to the zeros
     out = leaf_grad(t, numel, grad.dtype, node.edges[0])
     # linear, sorted and original indices and a range
     scratch = [t.new(rows, INT64, Kind.WORKSPACE) for _ in range(4)]
@@ -40,6 +42,7 @@ def _index_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def masked_fill(t: Tape, x: Tensor, mask: Tensor) -> Tensor:
     """``x.masked_fill(mask, 0.0)``: a new tensor; keeps the mask."""
+    t.moved_bytes += x.numel * x.dtype.size
     node = t.node((x.node,), _masked_fill_backward, (mask,)) if x.node is not None else None
     return t.new(x.numel, x.dtype, node=node)
 
@@ -105,6 +108,7 @@ def sum_rows(t: Tape, x: Tensor, numel: int) -> Tensor:
 
     Its gradient, expanded, is written out by the view's backward or by the cast before it.
     """
+    t.moved_bytes += x.numel * x.dtype.size
     out = t.new(numel, x.dtype if t.autocast is None else FP32)
     if x.node is not None:
         out.node = t.node((x.node,), _sum_rows_backward, args=(x.numel, x.dtype))
@@ -113,6 +117,7 @@ def sum_rows(t: Tape, x: Tensor, numel: int) -> Tensor:
 
 def _sum_rows_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     numel, dtype = node.args
+    t.moved_bytes += numel * dtype.size
     return (t.new(numel, dtype),)
 
 
@@ -158,8 +163,8 @@ def grouped_mm(
     columns, width = shape
     x = to(t, x, weight.dtype)
     rows = x.numel // columns
-    t.flops += 2 * rows * columns * width
-    t.moved_bytes += (x.numel + weight.numel) * weight.dtype.size
+    read = (x.numel + weight.numel) * weight.dtype.size
+    t.multiply(weight.dtype.name, 2 * rows * columns * width, read)
     edges = (x.node, weight.node)
     node = None
     if edges != (None, None):
@@ -180,11 +185,18 @@ def _grouped_mm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     if fallback:
         gx = t.new(rows * columns, grad.dtype)
         gw = t.new(numel, grad.dtype)
+        flops = 2 * rows * columns * width
+        t.multiply(grad.dtype.name, flops, (grad.numel + numel) * grad.dtype.size)
+        t.multiply(grad.dtype.name, flops, (grad.numel + rows * columns) * grad.dtype.size)
         return (gx if x_edge is not None else None), (gw if w_edge is not None else None)
     gw = leaf_grad(t, numel, grad.dtype, w_edge)  # mat2's gradient comes first
     if x_edge is not None:
         gx = t.new(rows * columns, grad.dtype)
-    t.flops += 2 * rows * columns * width * ((gx is not None) + (gw is not None))
+    flops = 2 * rows * columns * width
+    if gx is not None:
+        t.multiply(grad.dtype.name, flops, (grad.numel + numel) * grad.dtype.size)
+    if gw is not None:
+        t.multiply(grad.dtype.name, flops, (grad.numel + rows * columns) * grad.dtype.size)
     return gx, gw
 
 
@@ -197,6 +209,7 @@ def permuted(t: Tape, x: Param) -> Tensor:
 
 
 def _permuted_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.moved_bytes += grad.numel * grad.dtype.size
     return (leaf_grad(t, grad.numel, grad.dtype, node.edges[0]),)
 
 
@@ -210,6 +223,8 @@ def fold_adapter(t: Tape, weight: Tensor, left: Tensor, right: Tensor) -> Tensor
     if left.node is not None or right.node is not None:
         edges = (left.node, right.node)
         node = t.node(edges, _fold_backward, (left, right), (left.numel, right.numel))
+    # copied into the result, which the product then reads and writes once more
+    t.moved_bytes += 3 * weight.numel * weight.dtype.size
     out = t.new(weight.numel, weight.dtype, node=node)
     contiguous = t.scratch(left.numel * left.dtype.size)
     del contiguous
@@ -218,6 +233,7 @@ def fold_adapter(t: Tape, weight: Tensor, left: Tensor, right: Tensor) -> Tensor
 
 
 def _fold_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
+    t.moved_bytes += 2 * grad.numel * grad.dtype.size
     left, right = [t.unpack(saved) for saved in node.saved]
     product = t.new(left.numel, grad.dtype)
     g_left = t.new(left.numel, grad.dtype)

@@ -54,8 +54,7 @@ def falcon_linear(
 def _product(t: Tape, x: Tensor, w: Tensor, b: Tensor | None, rows: int, columns: int) -> Tensor:
     """``addmm`` or ``mm`` of an activation and a weight, both cast already."""
     tokens = x.numel // columns
-    t.flops += 2 * tokens * rows * columns
-    t.moved_bytes += (x.numel + rows * columns) * x.dtype.size
+    t.multiply(x.dtype.name, 2 * tokens * rows * columns, (x.numel + rows * columns) * x.dtype.size)
     edges = (x.node, w.node, b.node if b is not None else None)
     node = None
     if edges != (None, None, None):
@@ -81,10 +80,15 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         t.use("cublas")
     if b_edge is not None:
         gw = leaf_grad(t, rows * columns, grad.dtype, w_edge)
-    t.flops += 2 * tokens * rows * columns * ((gx is not None) + (gw is not None))
+    flops, size = 2 * tokens * rows * columns, grad.dtype.size
+    if gx is not None:
+        t.multiply(grad.dtype.name, flops, (grad.numel + rows * columns) * size)
+    if gw is not None:
+        t.multiply(grad.dtype.name, flops, (grad.numel + tokens * columns) * size)
     t.drop_recomputed(node)
     gb = leaf_grad(t, rows, grad.dtype, b_edge)  # the engine sums over the tokens
     if gb is not None:
+        t.moved_bytes += grad.numel * grad.dtype.size
         column_sum(t, tokens, rows)
     if gx is not None:
         gx.aliased = not two_dimensional  # [batch, length, features]: reshaped
@@ -129,7 +133,7 @@ def batched_matmul(
             a = copy(t, a)
         if not folds[1]:
             b = copy(t, b)
-    t.flops += 2 * numel * inner
+    t.multiply(a.dtype.name, 2 * numel * inner, (a.numel + b.numel) * a.dtype.size)
     node = None
     if a.node is not None or b.node is not None:
         saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
@@ -148,7 +152,10 @@ def _matmul_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     a_edge, b_edge = node.edges
     gb = t.new(b_numel, grad.dtype) if b_edge is not None else None
     ga = t.new(a_numel, grad.dtype) if a_edge is not None else None
-    t.flops += 2 * grad.numel * inner * ((ga is not None) + (gb is not None))
+    for made, other in ((ga, b_numel), (gb, a_numel)):
+        if made is not None:
+            read = (grad.numel + other) * grad.dtype.size
+            t.multiply(grad.dtype.name, 2 * grad.numel * inner, read)
     return ga, gb
 
 
@@ -167,7 +174,8 @@ def baddbmm(t: Tape, bias: Tensor, a: Tensor, b: Tensor, numel: int, inner: int)
         b = to(t, b, t.autocast)
         a = to(t, a, t.autocast)
         bias = to(t, bias, t.autocast)
-    t.flops += 2 * numel * inner
+    read = (a.numel + b.numel + numel) * a.dtype.size
+    t.multiply(a.dtype.name, 2 * numel * inner, read)
     node = None
     if a.node is not None or b.node is not None:
         saved = ((b,) if a.node is not None else ()) + ((a,) if b.node is not None else ())
@@ -187,7 +195,10 @@ def _baddbmm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         product = t.new(numel, grad.dtype)
         grads.append(t.new(numel, grad.dtype))  # times alpha
         del product
-        t.flops += 2 * grad.numel * inner
+        other = a_numel + b_numel - numel
+        size = grad.dtype.size
+        t.multiply(grad.dtype.name, 2 * grad.numel * inner, (grad.numel + other) * size)
+        t.moved_bytes += numel * size
     return grads
 
 
@@ -220,8 +231,7 @@ def matmul_4bit(
     out = t.new(tokens * rows, x.dtype)
     t.use("cublaslt" if biased else "cublas")
     del hidden
-    t.flops += 2 * tokens * rows * columns
-    t.moved_bytes += rows * columns // 2 + x.numel * x.dtype.size
+    _multiply_dequantised(t, tokens, rows, columns, x.numel, x.dtype, x.dtype)
     if x.node is not None:
         args = (tokens, rows, columns, stored)
         out.node = t.node((x.node,), _matmul_4bit_backward, args=args)
@@ -237,8 +247,20 @@ def _matmul_4bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
         weight = t.scratch(rows * columns * grad.dtype.size)
     gx = t.new(tokens * columns, grad.dtype)
     del weight
-    t.flops += 2 * tokens * rows * columns
+    _multiply_dequantised(t, tokens, rows, columns, grad.numel, grad.dtype, stored)
     return (gx,)
+
+
+def _multiply_dequantised(
+    t: Tape, tokens: int, rows: int, columns: int, read: int, dtype: Dtype, stored: Dtype
+) -> None:
+    """The work of a 4-bit product: dequantise, cast where ``stored`` differs, multiply."""
+    weights = rows * columns
+    t.num_quantised += 1
+    t.dequantised += weights
+    if stored is not dtype:
+        t.moved_bytes += weights * (stored.size + dtype.size)
+    t.multiply(dtype.name, 2 * tokens * weights, (read + weights) * dtype.size)
 
 
 def matmul_8bit(t: Tape, x: Tensor, rows: int, columns: int) -> Tensor:
@@ -261,7 +283,10 @@ def matmul_8bit(t: Tape, x: Tensor, rows: int, columns: int) -> Tensor:
     half = None if x.dtype is FP16 else t.scratch(tokens * rows * 2)  # what the kernel can write
     out = t.new(tokens * rows, x.dtype)
     del half, product, quantised, row_scale
-    t.flops += 2 * tokens * rows * columns
+    t.num_quantised += 1
+    t.multiply("int8", 2 * tokens * rows * columns, x.numel + rows * columns)
+    # the input read, cast, quantised; the 32-bit products written, read
+    t.moved_bytes += x.numel * (x.dtype.size + 5) + tokens * rows * 8
     if x.node is not None:
         # ctx.tensors keeps the input itself, out of reach of saved-tensor hooks; executing the node
         # frees what it saved, not that
@@ -275,5 +300,8 @@ def _matmul_8bit_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     weight = t.scratch(rows * columns * x.dtype.size)
     gx = t.new(tokens * columns, x.dtype)
     del weight
-    t.flops += 2 * tokens * rows * columns
+    t.num_quantised += 1
+    t.dequantised += rows * columns
+    read = (grad.numel + rows * columns) * x.dtype.size
+    t.multiply(x.dtype.name, 2 * tokens * rows * columns, read)
     return (gx,)

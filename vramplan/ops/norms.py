@@ -38,6 +38,7 @@ def layer_norm(
     node = None
     if edges != (None, None, None):
         node = t.node(edges, _layer_norm_backward, (x, w), (contiguous,))
+    t.moved_bytes += x.numel * x.dtype.size * (1 if contiguous else 2)
     own = None if contiguous else t.new(x.numel, x.dtype)
     out = t.new(x.numel, x.dtype, node=node)
     mean_ = t.new(groups, FP32)
@@ -51,6 +52,8 @@ def layer_norm(
 def _layer_norm_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     x, w, _mean, _rstd = [t.unpack(saved) for saved in node.saved]
     (contiguous,) = node.args
+    passes = 1 + (node.edges[1] is not None)  # the weights' gradients in a kernel of their own
+    t.moved_bytes += passes * (x.numel * x.dtype.size + grad.numel * grad.dtype.size)
     own = None if contiguous else t.new(x.numel, x.dtype)
     gx = t.new(x.numel, x.dtype) if node.edges[0] is not None else None
     gw = leaf_grad(t, w.numel, w.dtype, node.edges[1])
@@ -66,6 +69,7 @@ def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
         source = to(t, x, dtype)
     else:  # half to float alone is one kernel
         source = x if x.dtype is FP16 and dtype is FP32 else to(t, x, dtype)
+    t.moved_bytes += source.numel * source.dtype.size
     args = (source.dtype,)
     node = t.node((source.node,), _softmax_backward, (), args) if source.node is not None else None
     out = t.new(x.numel, dtype, node=node)
@@ -76,6 +80,7 @@ def softmax(t: Tape, x: Tensor, dtype: Dtype | None = None) -> Tensor:
 
 def _softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     result = t.unpack(node.saved[0])
+    t.moved_bytes += 5 * result.numel * result.dtype.size
     gx = t.new(result.numel, node.args[0])
     t.scratch(result.numel * result.dtype.size, node.kind)  # softmax_backward_data: grad * result
     return (gx,)
@@ -83,6 +88,7 @@ def _softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
 
 def _log_softmax_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     result = t.unpack(node.saved[0])
+    t.moved_bytes += 2 * result.numel * result.dtype.size
     return (t.new(result.numel, node.args[0]),)
 
 
@@ -92,6 +98,7 @@ def safe_softmax(t: Tape, x: Tensor) -> Tensor:
     Source: torch 2.11 ``aten/src/ATen/native/transformers/attention.cpp``.
     """
     node = t.node((x.node,), _softmax_backward, (), (x.dtype,)) if x.node is not None else None
+    t.moved_bytes += 3 * x.numel * x.dtype.size
     plain = t.new(x.numel, x.dtype)
     masked = t.new(x.numel, BOOL)
     out = t.new(x.numel, x.dtype, node=node)
@@ -117,6 +124,7 @@ def embedding(
     if weight.node is not None:
         kept = () if indices is None else (indices,)
         node = t.node((weight,), _embedding_backward, kept, (weight.numel, num_tokens, width))
+    t.moved_bytes += num_tokens * width * weight.dtype.size
     return t.new(num_tokens * width, weight.dtype, node=node)
 
 
@@ -129,6 +137,7 @@ def _embedding_backward(t: Tape, node: Node, grad: Tensor) -> Grads:
     numel, num_tokens, width = node.args
     for saved in node.saved:
         t.unpack(saved)
+    t.moved_bytes += 2 * grad.numel * grad.dtype.size
     gw = t.new(numel, grad.dtype, Kind.GRADIENTS)
     if num_tokens > 3072:
         segments = min(num_tokens, numel // width)
@@ -146,6 +155,7 @@ def cross_entropy(t: Tape, logits: Tensor, labels: Tensor) -> Tensor:
 
     Backward fills a gradient of the logits' size for nll_loss, then one more for log_softmax.
     """
+    t.moved_bytes += logits.numel * logits.dtype.size
     log_probs = t.new(logits.numel, logits.dtype)
     if logits.node is not None:
         kept = (result_of(log_probs),)

@@ -8,6 +8,7 @@ from typing import Any
 from vramplan.close_up import CloseUp, chosen, look_closely
 from vramplan.comparison import Comparison, Entry, Key, cost_per_million_tokens, differences
 from vramplan.prediction import LIMIT_MARGIN
+from vramplan.profile import REFERENCE_GPU
 from vramplan.report.charts import (
     GROUPS,
     Bar,
@@ -223,7 +224,7 @@ def speed(entries: Sequence[Entry]) -> Table:
     name = "Speed and cost"
     if all(entry.tokens_per_s is None for entry in entries):
         return Table(
-            name, (), (), "Step time is not predicted by this version, so neither tokens per "
+            name, (), (), "Step time is not predicted for these cards, so neither tokens per "
             "second nor cost are shown.",
         )  # fmt: skip
 
@@ -233,11 +234,12 @@ def speed(entries: Sequence[Entry]) -> Table:
         if entry.tokens_per_s is None:
             return Toned(NOT_PREDICTED, "unknown")
         cost = cost_per_million_tokens(entry.price_per_hour, entry.tokens_per_s)
-        text = f"{entry.tokens_per_s:,.0f}"
-        return Toned(text if cost is None else f"{text} at {cost:,.2f}", "plain")
+        text = f"{'~' if entry.extrapolated else ''}{entry.tokens_per_s:,.0f}"
+        return Toned(text if cost is None else f"{text}\nat {cost:,.2f}", "plain")
 
     priced = any(entry.price_per_hour is not None for entry in entries)
-    text = "Tokens per second of training steps, the job unchanged"
+    text = "Tokens per second of training steps, the job unchanged; ~ is extrapolated from the "
+    text += f"rates measured on {REFERENCE_GPU}"
     text += ", at the cost of a million tokens in the currency of --price." if priced else "."
     return matrix(entries, name, text, cell)
 
