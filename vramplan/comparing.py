@@ -120,8 +120,9 @@ class _Variants:
     def entry(self, asked: Job, gpu: Gpu, price: float | None) -> Entry:
         """What one of the cards makes of it."""
         prediction, usable = self.headline, usable_bytes(gpu)
-        speed = pace(prediction.estimate, self.job, gpu)
         verdict = None if usable is None else judge(prediction, gpu.slug, usable)
+        runs = verdict is None or verdict.verdict != "no"
+        speed = pace(prediction.estimate, self.job, gpu) if runs else None
         top = max(self.model.dims.max_positions, self.job.seq_len)
         return Entry(
             model=self.model,

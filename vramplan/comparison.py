@@ -45,7 +45,7 @@ class Entry:
         largest_seq_len: Longest sequence that fits, the rest unchanged, in tokens; None as above.
         calibration: Whose measured constants it rests on.
         borrowed: Whether these are another card's.
-        step_time_s: Time of one optimizer step; None where it is not predicted.
+        step_time_s: Time of one optimizer step; None where it is not predicted or does not run.
         tokens_per_s: Tokens trained per second; None as above.
         extrapolated: Whether these rest on another card's measured rates.
         price_per_hour: What an hour of the card costs, as the user said.
