@@ -15,6 +15,8 @@ from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from vramplan.catalogue import find_model
+    from vramplan.comparing import compare
+    from vramplan.comparison import Comparison
     from vramplan.errors import VramplanError
     from vramplan.gpus import Gpu, find_gpu
     from vramplan.job import Job
@@ -27,25 +29,30 @@ if _TYPE_CHECKING:
         predict,
         usable_bytes,
     )
+    from vramplan.record import read_record
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Comparison": "comparison",
     "Gpu": "gpus",
     "Job": "job",
     "Model": "model",
     "Prediction": "prediction",
     "Verdict": "prediction",
     "VramplanError": "errors",
+    "compare": "comparing",
     "find_gpu": "gpus",
     "find_model": "catalogue",
     "job_for": "prediction",
     "judge": "prediction",
     "predict": "prediction",
+    "read_record": "record",
     "usable_bytes": "prediction",
 }
 
 __all__ = [
+    "Comparison",
     "Gpu",
     "Job",
     "Model",
@@ -53,11 +60,13 @@ __all__ = [
     "Verdict",
     "VramplanError",
     "__version__",
+    "compare",
     "find_gpu",
     "find_model",
     "job_for",
     "judge",
     "predict",
+    "read_record",
     "usable_bytes",
 ]
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError, UsageError
 from vramplan.estimate import CUBLASLT_WORKSPACE, num_cublaslt_threads
+from vramplan.files import provenance, write_text
 from vramplan.job import Job
 from vramplan.profile import NEEDED, SCHEMA_VERSION, Constant, Profile, profile_file, profile_for
-from vramplan.record import Record, provenance, read_record, write_text
+from vramplan.record import Record, read_record
 from vramplan.timefit import START, TimeFit, fit_times
 from vramplan.timing import RATIO
 from vramplan.units import MIB

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vramplan.errors import RecordError
+from vramplan.files import provenance
 from vramplan.gpus import Gpu
 from vramplan.prediction import Prediction
-from vramplan.record import MAX_RECORD_BYTES, provenance
+from vramplan.record import MAX_RECORD_BYTES
 from vramplan.timing import pace
 
 SCHEMA_VERSION = 1

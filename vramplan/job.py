@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 MIXED_PRECISIONS = ("bf16", "fp16", "no")
 SHARDINGS = ("none",)
 ALL_LINEAR = "all-linear"
+NAME_LISTS = ("target_modules", "modules_to_save")  # their lists are one value, not a sweep
 
 MAX_BATCH = 1_000_000
 MAX_SEQ_LEN = 100_000_000
@@ -241,3 +243,18 @@ def _choice(option: str, value: str, known: Any) -> None:
 def _between(option: str, value: int, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise UsageError(f"{option} must be a whole number from {low} to {high:,}, not {value!r}")
+
+
+def expand(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the listed values, in the order given."""
+    axes = {
+        name: value if isinstance(value, list) and name not in NAME_LISTS else [value]
+        for name, value in values.items()
+    }
+    empty = [name for name, axis in axes.items() if not axis]
+    if empty:
+        raise UsageError(f"{empty[0]} is an empty list; nothing would be run")
+    return [
+        dict(zip(axes, combination, strict=True))
+        for combination in itertools.product(*axes.values())
+    ]

@@ -256,6 +256,16 @@ def job_for(job: Job, gpu: Gpu | None) -> Job:
     return replace(job, mixed_precision=precision, dtype=dtype)
 
 
+def alike(gpu: Gpu | None) -> tuple[object, ...]:
+    """What of a card a prediction depends on: cards with equal answers share predictions.
+
+    Only the kernels change with the generation; constants are the card's own or borrowed.
+    """
+    major = (gpu.compute_capability if gpu else DEFAULT_CAPABILITY)[0]
+    profile = profile_for(gpu.slug if gpu else None)
+    return min(max(major, 7), 10), profile.name, profile.borrowed
+
+
 def predict(
     model: Model,
     job: Job,

@@ -6,9 +6,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import vramplan
 
-HEAVY = ("torch", "transformers", "peft", "pandas", "matplotlib", "numpy", "huggingface_hub")
+HEAVY = (
+    "torch", "transformers", "peft", "pandas", "matplotlib", "jinja2", "numpy",
+    "huggingface_hub",
+)  # fmt: skip
 
 
 def loaded_after(code: str) -> list[str]:
@@ -24,9 +29,17 @@ def test_import_is_light() -> None:
     assert loaded_after("import vramplan; vramplan.Job") == []
 
 
-def test_fit_is_light() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "gpt-j-6b", "--gpu", "3060"],
+        ["estimate", "gpt-j-6b"],
+        ["compare", "--model", "gpt-j-6b", "--gpu", "3060"],
+    ],
+)
+def test_planning_is_light(words: list[str]) -> None:
     code = (
-        "import sys; sys.argv = ['vramplan', 'fit', 'gpt-j-6b', '--gpu', '3060']\n"
+        f"import sys; sys.argv = ['vramplan', *{words!r}]\n"
         "from vramplan.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
     )
@@ -35,6 +48,7 @@ def test_fit_is_light() -> None:
 
 def test_public_names() -> None:
     assert sorted(vramplan.__all__) == [
+        "Comparison",
         "Gpu",
         "Job",
         "Model",
@@ -42,11 +56,13 @@ def test_public_names() -> None:
         "Verdict",
         "VramplanError",
         "__version__",
+        "compare",
         "find_gpu",
         "find_model",
         "job_for",
         "judge",
         "predict",
+        "read_record",
         "usable_bytes",
     ]
     for name in vramplan.__all__:
@@ -58,3 +74,10 @@ def test_library_answers_as_the_readme_says() -> None:
     card = vramplan.find_gpu("3060")
     prediction = vramplan.predict(vramplan.find_model("gpt-j-6b"), vramplan.Job(), card)
     assert vramplan.judge(prediction, card.slug, vramplan.usable_bytes(card)).verdict == "fits"
+
+
+def test_compare_gives_a_frame() -> None:
+    pytest.importorskip("pandas")
+    frame = vramplan.compare(["gpt-j-6b"], ["3060", "t4"]).to_frame()
+    assert list(frame["verdict"]) == ["fits", "fits"]
+    assert frame["device_peak_bytes"].dtype == "Int64"

@@ -10,14 +10,13 @@ import pytest
 
 from vramplan import record as module
 from vramplan.errors import EnvironmentProblem, RecordError
+from vramplan.files import provenance, write_text
 from vramplan.record import (
     SCHEMA_VERSION,
     Record,
     parse_record,
-    provenance,
     read_record,
     write_record,
-    write_text,
 )
 
 FULL_DISK = Path("/dev/full")

@@ -44,6 +44,7 @@ COMMANDS = {
     "trace": "trace",
     "measure": "measure",
     "calibrate": "calibrate",
+    "compare": "compare",
     "accuracy": "accuracy",
     "gpus": "catalogues",
     "models": "catalogues",

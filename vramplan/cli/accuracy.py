@@ -14,7 +14,8 @@ from vramplan import foretold
 from vramplan.accuracy import accuracy_page, distinct, rows
 from vramplan.catalogue import FoundConfig, model_from_config
 from vramplan.cli import app
-from vramplan.errors import RecordError, UsageError
+from vramplan.cli.options import check_outputs
+from vramplan.files import write_text
 from vramplan.gpus import find_gpu
 from vramplan.job import Job, recorded_job
 from vramplan.measure.spec import RunSpec, read_matrix
@@ -22,7 +23,6 @@ from vramplan.prediction import Prediction
 from vramplan.prediction import predict as predict_job
 from vramplan.profile import REFERENCE_GPU
 from vramplan.ratchet import read_errors, worse
-from vramplan.record import write_text
 from vramplan.report.page import Page, to_csv, to_html, to_markdown
 from vramplan.resources import profiles_dir
 
@@ -72,11 +72,7 @@ def accuracy(
 ) -> None:
     """How right the predictions are, from recorded runs."""
     forms = (".json",) if traces or predict is not None else FORMS
-    for path in output or []:
-        if path.suffix not in forms:
-            raise UsageError(f"{path}: the name must end in {', '.join(forms)}")
-        if path.exists() and not force:
-            raise RecordError(f"{path} exists; replace it with --force")
+    check_outputs(output or [], forms, force=force)
     folder = folder or profiles_dir() / "calibrations" / REFERENCE_GPU
     if traces or predict is not None:
         told = traced(folder) if predict is None else unmeasured(folder, predict)

@@ -48,6 +48,8 @@ def estimate(
     epochs: EpochsOption = None,
     price_per_hour: PriceOption = None,
     context: typer.Context,
+    plot: o.PlotOption = None,
+    force: o.ForceOption = False,
     as_json: o.JsonOption = False,
     explain: o.ExplainOption = False,
 ) -> None:
@@ -64,6 +66,8 @@ def estimate(
         from vramplan.gpus import find_gpu  # noqa: PLC0415 - the catalogue takes a while to read
 
         card = find_gpu(gpu)
+    if plot is not None:
+        o.check_plot(plot, force=force)
     job = job_for(job, card)
     prediction = ask(job, card)
     found = prediction.model
@@ -73,6 +77,10 @@ def estimate(
     ceilings = []
     if card is not None and usable is not None and isinstance(found, Model):
         ceilings.append(longest_fitting(found, prediction, card.slug, usable, card))
+    if plot is not None:
+        from vramplan.cli.plots import plot_job  # noqa: PLC0415
+
+        plot_job(plot, prediction, card)
     if as_json:
         from vramplan.cli.documents import document  # noqa: PLC0415
 

@@ -34,19 +34,19 @@ from vramplan.cli.pace import (
 )
 from vramplan.cli.predictor import predictor
 from vramplan.errors import UsageError
-from vramplan.estimate import DEFAULT_CAPABILITY
 from vramplan.job import Job
 from vramplan.model import Model, TracedModel
 from vramplan.prediction import (
     LIMIT_MARGIN,
     Prediction,
     Verdict,
+    alike,
     job_for,
     judge,
     least_bytes,
     usable_bytes,
 )
-from vramplan.profile import REFERENCE_GPU, profile_for
+from vramplan.profile import REFERENCE_GPU
 from vramplan.timeline import Phase
 from vramplan.timing import Pace, WholeRun, pace
 from vramplan.units import MIB, format_bytes, format_count, parse_size
@@ -197,15 +197,11 @@ def answer_all(
     data: DataSet | None = None,
 ) -> list[Answer]:
     """Judge the job on every card; cards that would run it alike share one prediction."""
-    shared: dict[tuple[Job, tuple[int, int], str, bool], Prediction] = {}
+    shared: dict[object, Prediction] = {}
     answers = []
     for card in cards:
         own = job_for(job, card.gpu)
-        capability = card.gpu.compute_capability if card.gpu else DEFAULT_CAPABILITY
-        # only the kernels change with the generation; constants are the card's own or borrowed
-        generation = (min(max(capability[0], 7), 10), 0)
-        profile = profile_for(card.gpu.slug if card.gpu else None)
-        key = (own, generation, profile.name, profile.borrowed)
+        key = (own, alike(card.gpu))
         if key not in shared:
             shared[key] = ask(own, card.gpu)
         prediction = shared[key]

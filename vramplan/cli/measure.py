@@ -129,6 +129,7 @@ def measure(
     allow_busy: Annotated[
         bool, typer.Option("--allow-busy", help="Measure on a GPU that others use.")
     ] = False,
+    plot: o.PlotOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Really run it here. Exit code 0: it ran; 1: out of memory; 2: it could not be measured."""
@@ -177,12 +178,20 @@ def measure(
         for spec in row.specs
     ]
     check(works)
+    if plot is not None:
+        if len(works) != 1:
+            raise UsageError("--plot draws one run; `vramplan compare` draws many records")
+        o.check_plot(plot, force=force)
     if matrix is None and len(works) == 1 and not force:
         spec = works[0].spec
         works = [replace(works[0], spec=replace(spec, name=unused_name(output_folder, spec.name)))]
     records = run_works(
         works, output_folder, gpu_index=gpu_index, allow_busy=allow_busy, force=force
     )
+    if plot is not None:
+        from vramplan.cli.plots import plot_run  # noqa: PLC0415
+
+        plot_run(plot, records[0])
     report(records, output_folder, explain=explain, as_json=as_json)
     raise typer.Exit(exit_code(records))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vramplan.errors import UsageError
+from vramplan.errors import EnvironmentProblem, RecordError, UsageError
 from vramplan.job import ALL_LINEAR, Job
 from vramplan.model import Model, TracedModel
+from vramplan.report import missing
 
 MODEL_HELP = "A shipped model (see `vramplan models`), a folder, a config.json, or a hub id."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
@@ -19,6 +22,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 ExplainOption = Annotated[
     bool, typer.Option("--explain", help="Every term with its formula and its source.")
 ]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE.svg", help="Draw it too.", show_default=False),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 WITNESSES = ("estimate", "trace")
 WitnessOption = Annotated[
     str,
@@ -243,6 +251,46 @@ def check_length(model: Model | TracedModel, job: Job) -> None:
         "for; it runs, but may not learn",
         file=sys.stderr,
     )
+
+
+def check_plot(path: Path, *, force: bool) -> None:
+    """Find out before anything is worked out whether a chart can be written there.
+
+    Raises:
+        UsageError: If the name is not that of an SVG.
+        RecordError: If the file exists.
+        EnvironmentProblem: If what draws is not installed.
+    """
+    check_outputs([path], (".svg",), force=force)
+    needs("--plot", "matplotlib")
+
+
+def check_outputs(paths: list[Path], forms: tuple[str, ...], *, force: bool) -> None:
+    """Find out before anything is worked out what could not be written.
+
+    Raises:
+        UsageError: If a name ends in none of the forms.
+        RecordError: If a file exists.
+        EnvironmentProblem: If it is a folder.
+    """
+    for path in paths:
+        if path.suffix not in forms:
+            raise UsageError(f"{path}: the name must end in {', '.join(forms)}")
+        if path.is_dir():
+            raise EnvironmentProblem(f"cannot write {path}: it is a folder")
+        if path.exists() and not force:
+            raise RecordError(f"{path} exists; replace it with --force")
+
+
+def needs(what: str, *packages: str) -> None:
+    """Say what is not installed before it is needed.
+
+    Raises:
+        EnvironmentProblem: If a package is missing.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise missing(what, package)
 
 
 DEFAULT_SWEEP = _defaults()

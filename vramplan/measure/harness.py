@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from vramplan.catalogue import model_from_config
 from vramplan.errors import EnvironmentProblem, RecordError
+from vramplan.files import provenance
 from vramplan.measure.machine import (
     Device,
     Machine,
@@ -28,7 +29,7 @@ from vramplan.measure.machine import (
 )
 from vramplan.measure.spec import RunSpec
 from vramplan.prediction import predict
-from vramplan.record import Record, parse_record, provenance
+from vramplan.record import Record, parse_record
 from vramplan.units import MIB, format_bytes
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")

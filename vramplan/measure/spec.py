@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import tomllib
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from vramplan.catalogue import find_model
 from vramplan.errors import UsageError
 from vramplan.gpus import find_gpu
-from vramplan.job import EVALUATION, Job
+from vramplan.job import EVALUATION, Job, expand
 from vramplan.record import SCHEMA_VERSION, Record
 from vramplan.units import MIB, parse_size
 
@@ -21,7 +20,6 @@ DEFAULT_STEPS = 6
 DEFAULT_TIMEOUT_S = 1800.0
 EVAL_BATCH_SIZE = 8  # TrainingArguments' default
 MAX_STEPS = 10_000
-NAME_LISTS = ("target_modules", "modules_to_save")  # their lists are one value, not a sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,21 +186,6 @@ def _word(name: str, value: Any) -> str:
     if name == "limit_bytes":
         return f"limit{value // MIB}"
     return short + ("+".join(value) if isinstance(value, tuple) else str(value))
-
-
-def expand(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the listed values, in the order given."""
-    axes = {
-        name: value if isinstance(value, list) and name not in NAME_LISTS else [value]
-        for name, value in values.items()
-    }
-    empty = [name for name, axis in axes.items() if not axis]
-    if empty:
-        raise UsageError(f"{empty[0]} is an empty list; nothing would be run")
-    return [
-        dict(zip(axes, combination, strict=True))
-        for combination in itertools.product(*axes.values())
-    ]
 
 
 def make_specs(model: str, values: Mapping[str, Any], shared: RunSpec) -> list[RunSpec]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vramplan.catalogue import model_from_config
 from vramplan.errors import RecordError
+from vramplan.files import provenance, write_whole
 from vramplan.measure.harness import Harness, Outcome
 from vramplan.measure.limit import RESOLUTION_BYTES, find_limit
 from vramplan.measure.spec import RunSpec
@@ -16,10 +17,8 @@ from vramplan.prediction import predict
 from vramplan.record import (
     Record,
     parse_record,
-    provenance,
     read_record,
     write_record,
-    write_whole,
 )
 from vramplan.units import format_bytes
 

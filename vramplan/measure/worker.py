@@ -27,8 +27,8 @@ from typing import Any, TypedDict
 import torch
 
 from vramplan import __version__
+from vramplan.files import write_text
 from vramplan.measure.spec import RunSpec
-from vramplan.record import write_text
 from vramplan.timeline import timeline_document
 
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes")

@@ -1,72 +1,139 @@
-"""A page of tables, and its three forms. Needs jinja2 for HTML alone."""
+"""A page of tables and charts, and its forms: Markdown, HTML, and CSV of one table.
+
+Needs jinja2 for HTML alone. The HTML is one file that asks for nothing from outside and can be read
+without script, in light, dark and print.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
+from importlib.resources import files
 from typing import NamedTuple
 
-from vramplan.errors import EnvironmentProblem
+from vramplan.report import missing
+from vramplan.report.drawing import Chart
+
+MADE = "How this was made"
+
+
+class Toned(str):
+    """A cell that also says something by its colour: ``fits``, ``tight``, ``no``, ``unknown``."""
+
+    __slots__ = ("tone",)
+    tone: str
+
+    def __new__(cls, text: str, tone: str) -> Toned:
+        """A cell of this text and tone."""
+        cell = super().__new__(cls, text)
+        cell.tone = tone
+        return cell
 
 
 class Table(NamedTuple):
-    """One table.
+    """One section of a page: a heading, a sentence, charts and a table.
 
     Attributes:
         title: Its heading; empty for the first of a page.
-        headings: One per column.
+        headings: One per column; empty for a section without a table.
         rows: Cells as text.
         text: A sentence above it.
+        charts: What shows the same as a picture.
     """
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     text: str = ""
+    charts: tuple[Chart, ...] = ()
+
+    def words(self) -> frozenset[int]:
+        """Columns of words, which are set to the left; numbers are set to the right."""
+        return (
+            frozenset(
+                column
+                for column in range(1, len(self.headings))
+                if any(
+                    row[column] and not re.match(r"[-+\u2212]?\d", row[column]) for row in self.rows
+                )
+            )
+            - self.toned()
+        )
+
+    def toned(self) -> frozenset[int]:
+        """Columns with a colour."""
+        return frozenset(c for row in self.rows for c, cell in enumerate(row) if _tone(cell))
+
+
+def _tone(cell: str) -> str:
+    return cell.tone if isinstance(cell, Toned) else ""
 
 
 class Page(NamedTuple):
-    """A title, an introduction and tables."""
+    """A whole page.
+
+    Attributes:
+        title: Its heading.
+        text: An introduction.
+        tables: Its sections.
+        assumptions: What the figures rest on, one sentence each.
+        made: How to make it again: (what, value).
+    """
 
     title: str
     text: str
     tables: tuple[Table, ...]
+    assumptions: tuple[str, ...] = ()
+    made: tuple[tuple[str, str], ...] = ()
 
 
 def table_to_markdown(table: Table) -> list[str]:
     """The lines of one table, without its title."""
+    if not table.headings:
+        return []
     return [
-        "| " + " | ".join(table.headings) + " |",
+        "| " + " | ".join(_escaped(heading) for heading in table.headings) + " |",
         "|" + "---|" * len(table.headings),
         *("| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in table.rows),
     ]
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+    """Text as text: what Markdown takes for markup gets a backslash."""
+    return re.sub(r"([|<*`\[])", r"\\\1", cell).replace("\n", " ")
 
 
 def to_markdown(page: Page) -> str:
-    """The page as Markdown that reads well as it is."""
-    lines = [f"# {page.title}", "", page.text, ""]
+    """The page as Markdown that reads well as it is; charts as what one sees in them."""
+    lines = [f"# {_escaped(page.title)}", "", _escaped(page.text), ""]
     for table in page.tables:
-        lines += [f"## {table.title}", ""] if table.title else []
-        lines += [table.text, ""] if table.text else []
-        lines += [*table_to_markdown(table), ""]
+        lines += [f"## {_escaped(table.title)}", ""] if table.title else []
+        lines += [_escaped(table.text), ""] if table.text else []
+        lines += [*table_to_markdown(table), ""] if table.headings else []
+    if page.assumptions:
+        lines += ["## Assumptions", "", *(f"- {_escaped(a)}" for a in page.assumptions), ""]
+    if page.made:
+        lines += [f"## {MADE}", "", *(f"- {_escaped(k)}: {_escaped(v)}" for k, v in page.made), ""]
     return "\n".join(lines)
 
 
 def to_csv(table: Table) -> str:
-    """One table for a spreadsheet."""
+    """One table for a spreadsheet; no cell of it is taken for a formula."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(table.headings)
-    writer.writerows(table.rows)
+    writer.writerows([_harmless(cell) for cell in row] for row in table.rows)
     return out.getvalue()
 
 
+def _harmless(cell: str) -> str:
+    number = re.fullmatch(r"[+-]?[\d.,]+( %)?( MiB)?", cell)
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@") and not number else cell
+
+
 def to_html(page: Page) -> str:
-    """The page as one self-contained file, without script.
+    """The page as one self-contained file.
 
     Raises:
         EnvironmentProblem: If jinja2 is not installed.
@@ -74,54 +141,19 @@ def to_html(page: Page) -> str:
     try:
         import jinja2  # noqa: PLC0415 - an optional extra
     except ImportError:
-        raise EnvironmentProblem(
-            "HTML pages need jinja2: pip install 'vramplan[report]' (from a checkout '.[report]')"
-        ) from None
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE).render(page=page) + "\n"
+        raise missing("an HTML page", "jinja2") from None
+    template = files("vramplan.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(template).render(page=page, made=MADE) + "\n"
 
 
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ page.title }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem; }
-h1, h2 { line-height: 1.2; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-thead th { border-bottom: 2px solid #888; }
-</style>
-</head>
-<body>
-<main>
-<h1>{{ page.title }}</h1>
-<p>{{ page.text }}</p>
-{% for table in page.tables %}
-<section>
-{% if table.title %}
-<h2>{{ table.title }}</h2>
-{% endif %}
-{% if table.text %}
-<p>{{ table.text }}</p>
-{% endif %}
-<div class="wide" tabindex="0" role="region" aria-label="{{ table.title or page.title }}">
-<table>
-<thead><tr>{% for heading in table.headings %}<th scope="col">{{ heading }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in table.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-</section>
-{% endfor %}
-</main>
-</body>
-</html>"""  # noqa: E501 - one line of HTML a row
+def figures(text: str) -> str:
+    """What of a written page must stay the same when it is made again: its words and figures.
+
+    Pictures and the command, date and versions that made it are left out.
+    """
+    text = re.sub(r"<(svg|style|script)\b.*?</\1>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<footer>.*?</footer>", "", text, flags=re.DOTALL)
+    return text.split(f"\n## {MADE}\n")[0]
