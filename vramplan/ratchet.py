@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vramplan.accuracy import FIGURES, Row, errors_of, percent
+from vramplan.accuracy import FIGURES, Row, errors_of
+from vramplan.accuracy_tables import percent
 from vramplan.errors import RecordError
 
 ROUNDING = 0.0001  # errors are written in hundredths of a percent

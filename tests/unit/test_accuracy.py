@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from vramplan import foretold
-from vramplan.accuracy import accuracy_page, beforehand, repeats, rows, summary
+from vramplan.accuracy import rows
+from vramplan.accuracy_tables import accuracy_page, beforehand, repeats, summary
 from vramplan.cli.accuracy import FORMS, form
 from vramplan.cli.measured import print_run, read_timeline
 from vramplan.errors import RecordError

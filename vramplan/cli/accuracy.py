@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from vramplan import foretold
-from vramplan.accuracy import accuracy_page, distinct, rows
+from vramplan.accuracy import distinct, rows
+from vramplan.accuracy_tables import accuracy_page
 from vramplan.catalogue import FoundConfig, model_from_config
 from vramplan.cli import app
 from vramplan.cli.options import check_outputs
