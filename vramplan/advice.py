@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +11,15 @@ from vramplan.errors import UsageError
 from vramplan.estimate import Estimate
 from vramplan.job import EVALUATION, Job
 from vramplan.model import Model
-from vramplan.prediction import Prediction, Verdict, expandable, judge, predict, with_expandable
+from vramplan.prediction import (
+    Prediction,
+    SimilarCache,
+    Verdict,
+    expandable,
+    judge,
+    predict,
+    with_expandable,
+)
 
 if TYPE_CHECKING:
     from vramplan.gpus import Gpu
@@ -20,6 +28,8 @@ SEQ_STEP = 64
 MAX_BATCH = 1024
 MAX_RANK = 1024
 MAX_CHANGES = 3
+# A variant takes over the share of cached memory; its own replay can come out so much higher.
+APPROXIMATION = 0.05
 NOTICEABLE = 0.01
 VERDICTS = ("no", "tight", "fits")
 
@@ -35,6 +45,8 @@ class Advice:
             fit).
         device_peak_bytes: What the changed job would take on a roomy card.
         verdict: Verdict on the card asked about.
+        approximate: Whether the allocator was not replayed for it: ``fit`` with these options says
+            it exactly.
     """
 
     change: str
@@ -42,6 +54,7 @@ class Advice:
     kind: str
     device_peak_bytes: int
     verdict: str
+    approximate: bool = False
 
 
 class Switch(NamedTuple):
@@ -87,14 +100,33 @@ class Adviser:
         """Prediction and verdict of a variant.
 
         Its share of cached memory is the headline's; with other segments, that of the headline
-        replayed with them.
+        replayed with them. What is not replayed fits only with ``APPROXIMATION`` to spare.
         """
         if job not in self._known:
             base = self._base(job)
             same = base.job == job
             prediction = base if same else predict(self.model, job, self.gpu, like=base)
-            self._known[job] = prediction, judge(prediction, self.name, self.usable_bytes)
+            verdict = judge(prediction, self.name, self.usable_bytes)
+            spare = verdict.headroom_bytes
+            if not same and verdict.verdict == "fits" and spare < self._doubt:
+                verdict = replace(verdict, verdict="tight")
+            self._known[job] = prediction, verdict
         return self._known[job]
+
+    @property
+    def _doubt(self) -> int:
+        return int(APPROXIMATION * self.usable_bytes)
+
+    def _advice(self, change: str, why: str, kind: str, job: Job) -> Advice:
+        prediction, verdict = self.try_job(job)
+        return Advice(
+            change,
+            why,
+            kind,
+            prediction.device_peak_bytes,
+            verdict.verdict,
+            approximate=isinstance(prediction.cache, SimilarCache),
+        )
 
     def _base(self, job: Job) -> Prediction:
         """The job asked about with another's evaluation and segments, replayed.
@@ -154,17 +186,9 @@ class Adviser:
             growing = 8 * walked.num_trainable  # fp32 adapters and their gradients
         else:
             growing = walked.peak_allocated_bytes - walked.static_bytes
-        value = search_largest(
-            peak, self.usable_bytes, start, max(top, start), step, growing / start
-        )
-        prediction, verdict = self.try_job(variant(value))
-        return Advice(
-            f"{option} {value}",
-            f"{what} that fits",
-            "largest",
-            prediction.device_peak_bytes,
-            verdict.verdict,
-        )
+        limit = self.usable_bytes - self._doubt
+        value = search_largest(peak, limit, start, max(top, start), step, growing / start)
+        return self._advice(f"{option} {value}", f"{what} that fits", "largest", variant(value))
 
     # -- the price of each switch ----------------------------------------------------------------
 
@@ -174,26 +198,30 @@ class Adviser:
         for switch in self._candidates():
             tried = self._try(switch)
             if tried is not None and self._matters(switch, *tried):
-                prediction, verdict = tried
-                found.append(
-                    Advice(
-                        switch.change,
-                        switch.why,
-                        "switch",
-                        prediction.device_peak_bytes,
-                        verdict.verdict,
-                    )
-                )
+                job = self._changed(switch)
+                found.append(self._advice(switch.change, switch.why, "switch", job))
         return sorted(found, key=lambda advice: advice.device_peak_bytes)
 
-    def _try(self, *switches: Switch) -> tuple[Prediction, Verdict] | None:
+    def _changed(self, *switches: Switch) -> Job:
         changes: dict[str, object] = {}
         for switch in switches:
             changes.update(switch.fields)
+        return self.job.but(**changes)
+
+    def _try(self, *switches: Switch) -> tuple[Prediction, Verdict] | None:
         try:
-            return self.try_job(self.job.but(**changes))
+            return self.try_job(self._changed(*switches))
         except UsageError:  # the model does not have it
             return None
+
+    def _settle(self, switch: Switch) -> None:
+        """Replay a change that is too close to the card's edge to be judged by its likes."""
+        job = self._changed(switch)
+        prediction, _ = self.try_job(job)
+        close = abs(self.usable_bytes - prediction.device_peak_bytes) <= self._doubt
+        if close and isinstance(prediction.cache, SimilarCache):
+            exact = predict(self.model, job, self.gpu)
+            self._known[job] = exact, judge(exact, self.name, self.usable_bytes)
 
     def _candidates(self) -> Iterator[Switch]:
         """Switches that change this job, the gentlest first."""
@@ -279,20 +307,16 @@ class Adviser:
             and tried[0].device_peak_bytes < self.headline.device_peak_bytes
             and self._matters(switch, *tried)
         ]
+        for switch in savers:
+            self._settle(switch)
         for count in range(1, MAX_CHANGES + 1):
             found = []
             for chosen in combinations(savers, count):
                 tried = self._try(*chosen)
                 if tried is not None and tried[1].verdict == "fits":
-                    found.append(
-                        Advice(
-                            " ".join(switch.change for switch in chosen),
-                            ", ".join(switch.why for switch in chosen),
-                            "fix",
-                            tried[0].device_peak_bytes,
-                            "fits",
-                        )
-                    )
+                    change = " ".join(switch.change for switch in chosen)
+                    why = ", ".join(switch.why for switch in chosen)
+                    found.append(self._advice(change, why, "fix", self._changed(*chosen)))
             if found:
                 # the least saving that suffices is the smallest change
                 return sorted(found, key=lambda advice: -advice.device_peak_bytes)[:3]
@@ -308,8 +332,13 @@ def evaluation_switches(job: Job) -> Iterator[Switch]:
     if job.eval_logits and job.eval_accumulation_steps != 1:
         yield Switch(
             "--eval-accumulation-steps 1",
-            "logits leave the card after every batch",
+            "logits go to host RAM after every batch",
             (("eval_accumulation_steps", 1),),
+        )
+        yield Switch(
+            "without --eval-logits",
+            "the loss alone; preprocess_logits_for_metrics keeps little more",
+            (("eval_logits", False), ("eval_accumulation_steps", None)),
         )
     if job.evaluate and job.eval_batch_size > 1:
         yield Switch("--eval-batch-size 1", "evaluate one by one", (("eval_batch_size", 1),))

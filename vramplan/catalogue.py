@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -211,6 +212,7 @@ def fetch_config(repository: str) -> dict[str, Any]:
         RepositoryNotFoundError,
     )
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news
     try:
         path = hf_hub_download(repository, "config.json", etag_timeout=10)
     except HFValidationError:

@@ -349,6 +349,9 @@ def print_answer(
     print_least_number(out, answer)
     if adviser and (switches := adviser.switches()):
         print_rows(out, "The price of each switch alone", switches)
+    if adviser:
+        note = "~ with this job's share of cached memory; `fit` with the options says it exactly.\n"
+        out.print(Text(note, style="dim"))
     print_assumptions(out, model, answer)
 
 
@@ -390,7 +393,7 @@ def print_rows(out: Console, title: str, rows: list[Advice]) -> None:
     for row in rows:
         table.add_row(
             row.change.replace(" --", "\n--"),
-            format_bytes(row.device_peak_bytes),
+            ("~" if row.approximate else "") + format_bytes(row.device_peak_bytes),
             output.verdict_text(row.verdict),
             Text(row.why, style="dim"),
         )
