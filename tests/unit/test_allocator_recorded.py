@@ -26,7 +26,11 @@ from vramplan.resources import profiles_dir
 FILES = sorted((Path(__file__).parents[1] / "data").glob("allocator-*.json.gz"))
 UNIT = 512
 HISTORIES = sorted(
-    (profiles_dir() / "calibrations" / "h100-sxm-80gb" / "runs").glob("*.timeline.json.gz")
+    path
+    for path in (profiles_dir() / "calibrations" / "h100-sxm-80gb" / "runs").glob(
+        "*.timeline.json.gz"
+    )
+    if "expandable" not in path.name  # the segments of its record are pages
 )
 SEARCHES = sorted(path for path in HISTORIES[0].parent.glob("*-smallest.json"))
 # Segments taken some requests earlier or later: the driver keeps memory of its own in between,
@@ -36,13 +40,17 @@ MOVED = {
     "falcon-rw-1b-lora-2x512": 1,
     "gemma-3-1b-qlora-2x1024": 22,
     "gpt-j-6b-qlora-1x512-history": 1,
+    "gpt-j-6b-qlora-2x512-history": 2,
     "gpt2-full-8x512": 1,
     "llama-3.2-1b-qlora-1x512-int8": 2,
     "llama-3.2-1b-qlora-2x1024": 1,
     "pythia-1.4b-qlora-2x1024": 5,
     "qwen2.5-0.5b-qlora-2x512-no-checkpointing-eager": 12,
 }
-MISSED = {"bloom-560m-qlora-2x512": 16 * 1024**2}  # bytes, in one of its segments
+MISSED = {  # bytes, in one or two of its segments
+    "bloom-560m-qlora-2x512": 16 * 1024**2,
+    "gpt-j-6b-qlora-2x512-history": -64 * 1024**2,
+}
 
 
 @lru_cache
@@ -227,10 +235,10 @@ def test_the_segments_of_a_whole_run(path: Path) -> None:
     assert allocator.reserved + MISSED.get(name, 0) == sum(size for _, size in recorded)
 
 
-# Tries of recorded searches that the replay decides otherwise, of 34; all within 1 % of the border.
+# Tries of recorded searches that the replay decides otherwise; all within 1 % of the border.
 OTHERWISE = {
     "gpt-j-6b-qlora-1x512-smallest": 2,
-    "llama-3.1-8b-qlora-2x1024-smallest": 2,
+    "llama-3.1-8b-qlora-2x1024-smallest": 1,
     "pythia-1.4b-qlora-2x1024-smallest": 1,
 }
 
