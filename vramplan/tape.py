@@ -207,7 +207,7 @@ class Tape:
         self.phase = Phase.LOAD
         self.owner = ""
         self.kind = Kind.ACTIVATIONS
-        self.two_dimensional = False  # activations are [tokens, features], no reshape around mm
+        self.two_dimensional = False  # inside ``flattened``
         self.live_bytes = 0
         self.peak_bytes = 0
         self.moved_bytes = 0
@@ -447,6 +447,15 @@ class Tape:
             yield
         finally:
             self.autocast = outer
+
+    @contextmanager
+    def flattened(self) -> Iterator[None]:
+        """Where activations are [tokens, features]: products need no reshape around them."""
+        self.two_dimensional = True
+        try:
+            yield
+        finally:
+            self.two_dimensional = False
 
     @contextmanager
     def no_grad(self, params: Sequence[Param]) -> Iterator[None]:

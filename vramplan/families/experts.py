@@ -139,6 +139,24 @@ def experts(
     return out
 
 
+Mlp = Callable[[Tape, Layer, Tensor, Env], Tensor]
+Router = Callable[[Tape, Layer, Tensor, Env], Routing]
+
+
+def sparse_mlp(router: Router) -> Mlp:
+    """...SparseMoeBlock.forward: the experts that a family's router picks for every token."""
+
+    def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
+        outer, t.owner = t.owner, f"{m.name}.mlp"
+        with t.flattened():
+            routing = router(t, m, x, env)
+            out = experts(t, m, x, routing.indices, routing.scores, env)
+        t.owner = outer
+        return out
+
+    return mlp
+
+
 Weight = Callable[[], Tensor]
 
 

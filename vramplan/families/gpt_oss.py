@@ -181,9 +181,8 @@ def gate(t: Tape, gate_up: Tensor, env: Env) -> Tensor:
 def mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> tuple[Tensor, Tensor]:
     """GptOssMLP.forward; the router's scores are returned too."""
     outer, t.owner = t.owner, f"{m.name}.mlp"
-    t.two_dimensional = True
-    routing = router(t, m, x, env)
-    t.two_dimensional = False
+    with t.flattened():
+        routing = router(t, m, x, env)
     out = experts(t, m, x, routing.indices, routing.scores, env, gate)
     t.owner = outer
     return out, routing.scores

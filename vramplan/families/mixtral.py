@@ -11,7 +11,7 @@ from vramplan import ops
 from vramplan.config import ConfigReader
 from vramplan.families import llama, mistral
 from vramplan.families.common import Env, pre_norm_block, rms_norm
-from vramplan.families.experts import Routing, expert_specs, experts, read_experts, router_logits
+from vramplan.families.experts import Routing, expert_specs, read_experts, router_logits, sparse_mlp
 from vramplan.formats import FP32
 from vramplan.layers import Layer
 from vramplan.model import Architecture, Dims, LinearSpec, NormSpec, ParameterSpec
@@ -67,20 +67,12 @@ def router(t: Tape, m: Layer, x: Tensor, env: Env) -> Routing:
     return Routing(logits, scores, indices)
 
 
-def sparse_mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
-    """MixtralSparseMoeBlock.forward."""
-    outer, t.owner = t.owner, f"{m.name}.mlp"
-    t.two_dimensional = True
-    routing = router(t, m, x, env)
-    out = experts(t, m, x, routing.indices, routing.scores, env)
-    t.owner = outer
-    t.two_dimensional = False
-    return out
+mlp = sparse_mlp(router)  # MixtralSparseMoeBlock
 
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """MixtralDecoderLayer.forward."""
-    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=llama.attention, mlp=sparse_mlp)
+    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=llama.attention, mlp=mlp)
 
 
 FAMILY = replace(

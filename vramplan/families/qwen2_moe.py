@@ -118,14 +118,13 @@ def shared_expert(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
 def sparse_mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """Qwen2MoeSparseMoeBlock.forward."""
     outer, t.owner = t.owner, f"{m.name}.mlp"
-    t.two_dimensional = True
-    shared = shared_expert(t, m, x, env)
-    routing = router(t, m, x, env)
-    out = experts(t, m, x, routing.indices, routing.scores, env)
-    shared = ops.mul(t, ops.sigmoid(t, m.linears["mlp.shared_expert_gate"](t, x)), shared)
-    out = ops.add(t, out, shared)
+    with t.flattened():
+        shared = shared_expert(t, m, x, env)
+        routing = router(t, m, x, env)
+        out = experts(t, m, x, routing.indices, routing.scores, env)
+        shared = ops.mul(t, ops.sigmoid(t, m.linears["mlp.shared_expert_gate"](t, x)), shared)
+        out = ops.add(t, out, shared)
     t.owner = outer
-    t.two_dimensional = False
     return out
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from vramplan.config import ConfigReader
 from vramplan.families import llama, qwen3
 from vramplan.families.common import Env, pre_norm_block, rms_norm
-from vramplan.families.experts import expert_specs, experts, read_experts, sparse_kinds
+from vramplan.families.experts import expert_specs, read_experts, sparse_kinds, sparse_mlp
 from vramplan.families.mixtral import attention_specs
 from vramplan.families.qwen2_moe import router
 from vramplan.layers import Layer
@@ -71,21 +71,13 @@ def architecture(d: Dims) -> Architecture:
     )
 
 
-def sparse_mlp(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
-    """Qwen3MoeSparseMoeBlock.forward."""
-    outer, t.owner = t.owner, f"{m.name}.mlp"
-    t.two_dimensional = True
-    routing = router(t, m, x, env)
-    out = experts(t, m, x, routing.indices, routing.scores, env)
-    t.owner = outer
-    t.two_dimensional = False
-    return out
+mlp = sparse_mlp(router)  # Qwen3MoeSparseMoeBlock
 
 
 def block(t: Tape, m: Layer, x: Tensor, env: Env) -> Tensor:
     """Qwen3MoeDecoderLayer.forward."""
-    mlp = llama.mlp if m.kind == "dense" else sparse_mlp
-    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=qwen3.attention, mlp=mlp)
+    own = llama.mlp if m.kind == "dense" else mlp
+    return pre_norm_block(t, m, x, env, norm=rms_norm, attention=qwen3.attention, mlp=own)
 
 
 FAMILY = replace(
