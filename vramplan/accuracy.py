@@ -88,7 +88,7 @@ def figures(record: Record, prediction: Prediction | Foretold) -> tuple[Figure, 
     run = record.run
     roomy = run.limit_bytes is None
     found = [Figure("ready", record.ready_bytes, prediction.ready_bytes)]
-    if run.weights != "random" and isinstance(prediction, Prediction):
+    if run.weights != "random" and not isinstance(prediction, Foretold):
         found.append(Figure("load", record.load_peak_bytes, prediction.replayed_load()[0]))
     found.append(
         Figure("peak allocated", record.peak_allocated_bytes, prediction.peak_allocated_bytes)
@@ -104,7 +104,9 @@ def figures(record: Record, prediction: Prediction | Foretold) -> tuple[Figure, 
         found.append(Figure("smallest limit", least, prediction.min_limit_bytes))
     if record.paged_bytes is not None:
         found.append(Figure("paged", record.paged_bytes, prediction.paged_bytes))
-    return (*found, *evaluation_figures(record))
+    if not isinstance(prediction, Foretold):  # what was written down says nothing of evaluations
+        found += evaluation_figures(record)
+    return tuple(found)
 
 
 def evaluation_figures(record: Record) -> Iterator[Figure]:

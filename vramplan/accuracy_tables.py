@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from vramplan.accuracy import FIGURES, REPEAT, Row, distinct, errors_of, figures, rows
+from vramplan.calibrate import ninetieth
 from vramplan.errors import RecordError
 from vramplan.foretold import TRACES, Round, read, rounds
 from vramplan.prediction import judge
@@ -31,14 +32,13 @@ def percent(value: float, *, sign: bool = False) -> str:
 
 def spread(errors: dict[str, float]) -> tuple[str, ...]:
     """Count, signed median, then median, 90th percentile and worst of the absolute errors."""
-    sizes = sorted(abs(value) for value in errors.values())
-    ninth = sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))]
+    sizes = [abs(value) for value in errors.values()]
     worst = max(errors, key=lambda name: abs(errors[name]))
     return (
         str(len(errors)),
         percent(statistics.median(errors.values()), sign=True),
         percent(statistics.median(sizes)),
-        percent(ninth),
+        percent(ninetieth(sizes)),
         percent(errors[worst], sign=True),
         worst,
     )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from vramplan.accuracy import FIGURES, Row, errors_of
 from vramplan.accuracy_tables import percent
+from vramplan.calibrate import ninetieth
 from vramplan.errors import RecordError
 
 ROUNDING = 0.0001  # errors are written in hundredths of a percent
@@ -21,9 +22,7 @@ MAX_BYTES = 16 * 1024**2
 
 STATISTICS: Mapping[str, Callable[[Sequence[float]], float]] = {
     "median": lambda errors: statistics.median(map(abs, errors)),
-    "90 % within": lambda errors: sorted(map(abs, errors))[
-        min(len(errors) - 1, int(0.9 * len(errors)))
-    ],
+    "90 % within": lambda errors: ninetieth(map(abs, errors)),
     "worst": lambda errors: max(map(abs, errors)),
     "too low, worst": lambda errors: max(0.0, -min(errors)),
 }

@@ -45,8 +45,3 @@ class Work(NamedTuple):
 def total_flops(work: Iterable[Work]) -> int:
     """Floating point operations of all stretches."""
     return sum(w.repeats * sum(p[1] for p in w.products) for w in work)
-
-
-def total_moved_bytes(work: Iterable[Work]) -> int:
-    """Bytes read and written in all stretches, 4-bit weights as such left out."""
-    return sum(w.repeats * (w.moved_bytes + sum(p[2] for p in w.products)) for w in work)

@@ -21,7 +21,6 @@ from transformers.quantizers import AutoHfQuantizer
 from vramplan.config import MAX_LAYERS, ConfigReader
 from vramplan.errors import ConfigError, UsageError
 from vramplan.job import Job
-from vramplan.units import round_block
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # keys that name code, files or kernels to fetch, or that the job decides
@@ -193,11 +192,3 @@ def quant_tensors(parameter: Any) -> list[Any]:
         nested = (state.state2.absmax, state.state2.code) if state.nested else ()
         parts = [state.absmax, state.code, state.offset if state.nested else None, *nested]
     return [part for part in parts if torch.is_tensor(part)]
-
-
-def held_bytes(model: Any) -> int:
-    """Bytes of every distinct tensor the model holds, each rounded as the allocator does."""
-    parameters = list(model.parameters())
-    held = [*parameters, *model.buffers(), *(s for p in parameters for s in quant_tensors(p))]
-    distinct = {id(tensor): tensor.numel() * tensor.element_size() for tensor in held}
-    return sum(map(round_block, distinct.values()))
