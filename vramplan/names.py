@@ -20,3 +20,8 @@ def holder_of(name: str) -> str:
     """Who holds a buffer: its layer's buffers, or the model's."""
     layer = re.match(r"(.*?\.\d+)\.", owner_of(name))
     return f"{layer[1]}.buffers" if layer else "buffers"
+
+
+def any_layer(owner: str) -> str:
+    """The owner in any layer: ``model.layers.0.mlp`` becomes ``model.layers.*.mlp``."""
+    return ".".join("*" if part.isdigit() else part for part in owner.split("."))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from vramplan.errors import RecordError
+from vramplan.names import any_layer
 
 SCHEMA_VERSION = 1
 
@@ -101,8 +102,13 @@ class Timeline(NamedTuple):
         for section in self.sections:
             yield from section.events
 
-    def peak(self) -> Peak:
+    def peak(self, *, by_layer: bool = False) -> Peak:
         """Find the fullest moment of training and what the memory is used for at it.
+
+        Args:
+            by_layer: Tell layers apart, as far as the sections do; otherwise all layers are one
+                owner, ``model.layers.*.mlp``. Blocks that one layer hands to the next are booked
+                to either; only their sum is exact.
 
         Returns:
             The peak over the whole timeline; its parts sum exactly to its ``nbytes``.
@@ -149,7 +155,7 @@ class Timeline(NamedTuple):
         both: dict[tuple[Kind, str], int] = {}
         for (kind, name), size in snapshot.items():
             if size:
-                module = _any_layer(name)
+                module = name if by_layer else any_layer(name)
                 by_kind[kind] = by_kind.get(kind, 0) + size
                 by_owner[module] = by_owner.get(module, 0) + size
                 both[kind, module] = both.get((kind, module), 0) + size
@@ -157,14 +163,6 @@ class Timeline(NamedTuple):
 
 
 _Best = tuple[int, Phase, str, dict[tuple[Kind, str], int]]
-
-
-def _any_layer(owner: str) -> str:
-    """The owner in any layer: ``model.layers.0.mlp`` becomes ``model.layers.*.mlp``.
-
-    Blocks that one layer hands to the next are booked to either; only their sum is exact.
-    """
-    return ".".join("*" if part.isdigit() else part for part in owner.split("."))
 
 
 def _walk(
