@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from vramplan.calibrate import ninetieth
 from vramplan.catalogue import model_from_config
 from vramplan.errors import UnknownNameError
 from vramplan.foretold import Foretold
@@ -20,6 +22,7 @@ from vramplan.record import Record, read_record
 from vramplan.timeline import BEFORE_TRAINING, Phase
 
 REPEAT = "-repeat"
+SPREAD = ("runs", "median", "off by, median", "90 % within", "worst", "which")
 FIGURES = ("ready", "peak allocated", "peak reserved", "device peak", "smallest limit")
 
 
@@ -157,3 +160,22 @@ def errors_of(found: Iterable[Row], figure: str) -> dict[str, float]:
 def distinct(found: Iterable[Row]) -> list[Row]:
     """The rows without the repeats of a job."""
     return [r for r in found if REPEAT not in r.record.name or r.record.name.endswith(f"{REPEAT}1")]
+
+
+def percent(value: float, *, sign: bool = False) -> str:
+    """A share for people."""
+    return f"{100 * value:{'+' if sign else ''}.2f} %"
+
+
+def spread(errors: dict[str, float]) -> tuple[str, ...]:
+    """Count, signed median, then median, 90th percentile and worst of the absolute errors."""
+    sizes = [abs(value) for value in errors.values()]
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    return (
+        str(len(errors)),
+        percent(statistics.median(errors.values()), sign=True),
+        percent(statistics.median(sizes)),
+        percent(ninetieth(sizes)),
+        percent(errors[worst], sign=True),
+        worst,
+    )

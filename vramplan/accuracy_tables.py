@@ -6,15 +6,25 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vramplan.accuracy import FIGURES, REPEAT, Row, distinct, errors_of, figures, rows
-from vramplan.calibrate import ninetieth
+from vramplan.accuracy import (
+    FIGURES,
+    REPEAT,
+    SPREAD,
+    Row,
+    distinct,
+    errors_of,
+    figures,
+    percent,
+    rows,
+    spread,
+)
+from vramplan.accuracy_times import times
 from vramplan.errors import RecordError
 from vramplan.foretold import TRACES, Round, read, rounds
 from vramplan.prediction import judge
 from vramplan.record import Record
 from vramplan.report.page import Page, Table
-from vramplan.timefit import Timed, fit_times, measured_step_time
-from vramplan.timing import step_time
+from vramplan.timefit import measured_step_time
 from vramplan.units import MIB
 
 NOTICEABLE = 0.01
@@ -22,26 +32,6 @@ PHASES = (
     "load", "first step", "forward", "loss", "backward", "step", "evaluate",
     "reserved by evaluating", "save",
 )  # fmt: skip
-SPREAD = ("runs", "median", "off by, median", "90 % within", "worst", "which")
-
-
-def percent(value: float, *, sign: bool = False) -> str:
-    """A share for people."""
-    return f"{100 * value:{'+' if sign else ''}.2f} %"
-
-
-def spread(errors: dict[str, float]) -> tuple[str, ...]:
-    """Count, signed median, then median, 90th percentile and worst of the absolute errors."""
-    sizes = [abs(value) for value in errors.values()]
-    worst = max(errors, key=lambda name: abs(errors[name]))
-    return (
-        str(len(errors)),
-        percent(statistics.median(errors.values()), sign=True),
-        percent(statistics.median(sizes)),
-        percent(ninetieth(sizes)),
-        percent(errors[worst], sign=True),
-        worst,
-    )
 
 
 def summary(found: Sequence[Row]) -> Table:
@@ -294,39 +284,6 @@ def paging(found: Iterable[Row]) -> Table:
     )
 
 
-def times(found: Sequence[Row]) -> Table:
-    """Step times, each family predicted by rates fitted to the others."""
-    fitted = fit_times([row.record for row in found])
-    lines = []
-    if fitted is not None:
-        clocks = {run.name: step_time(run.walked, run.job, fitted.rates) for run in fitted.runs}
-        keys: tuple[Callable[[Timed], str], ...] = (
-            lambda run: "all",
-            lambda run: (
-                "decided by the card"
-                if clocks[run.name].card_s > clocks[run.name].host_s
-                else "decided by the host"
-            ),
-            lambda run: run.job.method,
-            lambda run: run.family,
-        )
-        lines = [
-            (name, *spread({n: fitted.ratios[n] - 1 for n in names}))
-            for key in keys
-            for name in sorted({key(run) for run in fitted.runs})
-            if (names := [run.name for run in fitted.runs if key(run) == name])
-        ]
-    return Table(
-        "Step time, each family left out in turn",
-        ("jobs", *SPREAD),
-        tuple(lines),
-        "Rates fitted to the other families' runs. Median step of a run, runs of one job counted "
-        "once; runs that recorded a history or paging events, or whose allocator retried, are left "
-        "out. The host's pace is not the same in every run (see the repeats), and no prediction "
-        "can know it.",
-    )
-
-
 def details(found: Iterable[Row]) -> Table:
     """One row per run."""
     lines = []
@@ -361,16 +318,19 @@ def accuracy_page(folder: Path) -> Page:
         f"Made by: vramplan accuracy. The runs by: {record.command}. All have been looked at "
         "since; what was predicted beforehand has tables of its own. Errors are predicted over "
         "measured, minus one.",
-        (
-            summary(found),
-            *(beforehand(found, written) for written in rounds(folder)),
-            *([traces(found, read(folder / TRACES))] if (folder / TRACES).exists() else []),
-            *(
-                make(found)
-                for make in (
-                    too_low, groups, phases, left_out, emulated, limits, repeats, times, paging,
-                    details,
-                )
-            ),
+        tuple(
+            table
+            for table in (
+                summary(found),
+                *(beforehand(found, written) for written in rounds(folder)),
+                *([traces(found, read(folder / TRACES))] if (folder / TRACES).exists() else []),
+                *(
+                    make(found)
+                    for make in (too_low, groups, phases, left_out, emulated, limits, repeats)
+                ),
+                *times(found),
+                *(make(found) for make in (paging, details)),
+            )
+            if table.rows
         ),
-    )  # fmt: skip
+    )

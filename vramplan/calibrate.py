@@ -21,7 +21,7 @@ from vramplan.job import Job
 from vramplan.profile import NEEDED, SCHEMA_VERSION, Constant, Profile, profile_file, profile_for
 from vramplan.record import Record, read_record
 from vramplan.timefit import START, TimeFit, fit_times
-from vramplan.timing import RATIO
+from vramplan.timing import RATIO, RATIO_AT_PACE
 from vramplan.units import MIB
 
 MIN_RECORDS = 3
@@ -175,7 +175,9 @@ TIMES = {
     "moved_bytes_per_s": ("bytes/s", "bytes read and written by all other kernels in training"),
     "dequantised_per_s": ("weights/s", "quantised weights made 16-bit"),
     "updated_8bit_per_s": ("elements/s", "elements of 8-bit optimizer state updated"),
+    "pace_exponent": ("", "how far the host's times follow the pace of its launches"),
     RATIO: ("", "step time predicted over measured, each family left out in turn"),
+    RATIO_AT_PACE: ("", "the same at the pace that the host was seen to have"),
 }
 WHAT = (
     {rule.name: rule.what for rule in RULES}
@@ -350,10 +352,12 @@ def _times(fitted: TimeFit) -> dict[str, tuple[Constant, dict[str, float]]]:
         for name in START
     }
     found[RATIO] = statistics.median(fitted.ratios.values()), dict(fitted.ratios)
+    if fitted.at_pace:
+        found[RATIO_AT_PACE] = statistics.median(fitted.at_pace.values()), dict(fitted.at_pace)
     constants = {}
     for name, (value, observed) in found.items():
         # a ratio is to be 1, whatever its median
-        target = 1.0 if name == RATIO else value
+        target = 1.0 if name in (RATIO, RATIO_AT_PACE) else value
         residual = statistics.median(abs(v - target) for v in observed.values())
         constants[name] = (
             Constant(
@@ -362,7 +366,7 @@ def _times(fitted: TimeFit) -> dict[str, tuple[Constant, dict[str, float]]]:
                 low=min(observed.values()),
                 high=max(observed.values()),
                 residual=residual,
-                num_observations=len(fitted.runs),
+                num_observations=len(fitted.at_pace if name == RATIO_AT_PACE else fitted.runs),
                 confidence=confidence(len(fitted.runs), residual / value),
             ),
             observed,

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vramplan.accuracy import FIGURES, Row, errors_of
-from vramplan.accuracy_tables import percent
+from vramplan.accuracy import FIGURES, Row, errors_of, percent
 from vramplan.calibrate import ninetieth
 from vramplan.errors import RecordError
 

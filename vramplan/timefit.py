@@ -6,6 +6,7 @@ family; each family is left out in turn to see how well the others tell its time
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import statistics
@@ -17,7 +18,7 @@ from vramplan.catalogue import model_from_config
 from vramplan.estimate import DEFAULT_CAPABILITY, Estimate, estimate
 from vramplan.job import Job
 from vramplan.record import Record
-from vramplan.timing import Rates, step_time
+from vramplan.timing import Rates, at_pace, step_time
 
 # What is fitted, with the order of magnitude to begin from; the rest of the rates are measured in
 # loops of their own (``measure/rates.py``).
@@ -30,6 +31,7 @@ START = {
     "moved_bytes_per_s": 2e12,
     "dequantised_per_s": 0.5e12,
     "updated_8bit_per_s": 50e9,
+    "pace_exponent": 1.0,
 }
 MEASURED = ("launch_overhead_s", "thin_flops_per_s")
 # A constant that the runs say nothing about stays at its start: weight of a factor e away from it,
@@ -40,6 +42,9 @@ STEP = 0.02  # of the numerical derivative, in logarithms
 MAX_ROUNDS = 40
 ENOUGH = 1e-6
 MIN_RUNS = 20
+# The loop at the end of the run before tells the host's pace when this one began, if it began
+# within so many seconds.
+JUST_BEFORE_S = 30
 MIN_FAMILIES = 3
 
 
@@ -53,6 +58,7 @@ class Timed:
         job: Its job.
         walked: The walk of the job.
         measured_s: Median of its steps after the first, in seconds.
+        launch_overhead_s: What the host took to launch an operation around it; None if unknown.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Timed:
     job: Job
     walked: Estimate
     measured_s: float
+    launch_overhead_s: float | None
 
 
 class TimeFit(NamedTuple):
@@ -69,13 +76,17 @@ class TimeFit(NamedTuple):
         runs: The runs.
         rates: From all of them.
         without: From all runs but those of one family, by that family.
-        ratios: Predicted over measured of every run, by the rates without its family.
+        ratios: Predicted over measured of every run, by the rates without its family, at the
+            host's usual pace.
+        at_pace: The same at the pace that the host was seen to have; runs whose host's is unknown
+            are left out.
     """
 
     runs: Sequence[Timed]
     rates: Rates
     without: Mapping[str, Rates]
     ratios: Mapping[str, float]
+    at_pace: Mapping[str, float]
 
 
 def measured_step_time(record: Record) -> float | None:
@@ -94,8 +105,38 @@ def measured_step_time(record: Record) -> float | None:
     return statistics.median(times) if times else None
 
 
+def launch_overheads(records: Sequence[Record]) -> dict[str, float]:
+    """Seconds of one launch on the host, around each run that tells it.
+
+    The mean (geometric) of the loop at the end of the run and of the one at the end of the run
+    just before it.
+    """
+    loops = sorted(
+        (_ended(record), record.rates["launch_overhead_s"])
+        for record in records
+        if record.rates and record.created
+    )
+    found = {}
+    for record in records:
+        if not record.created:
+            continue
+        ended = _ended(record)
+        began = ended - (record.wall_s or 0)
+        around = [
+            seconds for at, seconds in loops if began - JUST_BEFORE_S <= at <= began or at == ended
+        ]
+        if around:
+            found[record.name] = math.exp(statistics.mean(map(math.log, around[-2:])))
+    return found
+
+
+def _ended(record: Record) -> float:
+    return datetime.datetime.fromisoformat(str(record.created)).timestamp()
+
+
 def timed_runs(records: Sequence[Record]) -> list[Timed]:
     """The jobs among records that tell a step time; runs of the same job count once."""
+    paces = launch_overheads(records)
     jobs: dict[str, list[tuple[Record, float]]] = {}
     for record in records:
         measured = measured_step_time(record)
@@ -110,7 +151,9 @@ def timed_runs(records: Sequence[Record]) -> list[Timed]:
         major, minor = map(int, capability.split(".")) if capability else DEFAULT_CAPABILITY
         walked = estimate(model, job, capability=(major, minor))
         seconds = statistics.median(measured for _, measured in same_runs)
-        found.append(Timed(record.name, model.family, job, walked, seconds))
+        launches = [paces[run.name] for run, _ in same_runs if run.name in paces]
+        pace = statistics.median(launches) if launches else None
+        found.append(Timed(record.name, model.family, job, walked, seconds, pace))
     return found
 
 
@@ -136,11 +179,22 @@ def fit_times(records: Sequence[Record]) -> TimeFit | None:
         family: _fit([run for run in runs if run.family != family], begin, rates)
         for family in families
     }
-    ratios = {run.name: _error(run, without[run.family]) + 1 for run in runs}
-    return TimeFit(runs, rates, without, ratios)
+    ratios = {
+        run.name: step_time(run.walked, run.job, without[run.family]).step_s / run.measured_s
+        for run in runs
+    }
+    seen = {
+        run.name: _error(run, without[run.family]) + 1
+        for run in runs
+        if run.launch_overhead_s is not None
+    }
+    return TimeFit(runs, rates, without, ratios, seen)
 
 
 def _error(run: Timed, rates: Rates) -> float:
+    """Relative error at the pace that the host was seen to have; at its usual one if unknown."""
+    if run.launch_overhead_s is not None:
+        rates = at_pace(rates, run.launch_overhead_s)
     return step_time(run.walked, run.job, rates).step_s / run.measured_s - 1
 
 

@@ -15,9 +15,10 @@ every micro-step); rates from ``vramplan calibrate`` (``vramplan/timefit.py``).
 
 Known limitations:
     Where the host decides, its pace does, and that is not the same in every run: five repeats of
-    one job on one machine, minutes apart, differed by a third. Data loading, logging, evaluation
-    and saving are left out, as are the GradScaler of fp16 and what an allocator under pressure
-    adds. Elementwise operations are taken to miss the L2 cache.
+    one job on one machine, minutes apart, differed by a third. A loop that launches small
+    operations tells it (``at_pace``); nothing can tell it beforehand. Data loading, logging,
+    evaluation and saving are left out, as are the GradScaler of fp16 and what an allocator under
+    pressure adds. Elementwise operations are taken to miss the L2 cache.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ STATE_PASSES = 2
 # half as fast, a generation that reaches less of its rates. Assumed, not measured.
 EXTRAPOLATION_FACTOR = 1.5
 RATIO = "step_time_ratio"
+RATIO_AT_PACE = "step_time_ratio_at_pace"
+HOST_RATES = ("launch_overhead_s", "operation_s", "quantised_call_s", "micro_step_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class Rates:
         moved_bytes_per_s: Everything else, bytes read and written.
         dequantised_per_s: 4-bit or 8-bit weights made 16-bit, elements.
         updated_8bit_per_s: Elements whose 8-bit optimizer state is updated.
+        pace_exponent: A host that takes x times as long to launch takes x to this power as long
+            for everything: below 1, as the loop shows a moment and the step is an average.
     """
 
     launch_overhead_s: float
@@ -78,6 +83,18 @@ class Rates:
     moved_bytes_per_s: float
     dequantised_per_s: float
     updated_8bit_per_s: float
+    pace_exponent: float
+
+
+def at_pace(rates: Rates, launch_overhead_s: float) -> Rates:
+    """The rates while the host is as fast as its launches show.
+
+    Args:
+        rates: At the host's usual pace.
+        launch_overhead_s: Seconds that it takes to launch one small operation now.
+    """
+    slower = (launch_overhead_s / rates.launch_overhead_s) ** rates.pace_exponent
+    return replace(rates, **{name: getattr(rates, name) * slower for name in HOST_RATES})
 
 
 class StepTime(NamedTuple):
@@ -216,7 +233,8 @@ class Pace(NamedTuple):
         tokens_per_s: Tokens of all micro-batches over the step's seconds.
         low_s: Shortest step that would not surprise, in seconds.
         high_s: Longest.
-        source: "calibrated" on this card or "extrapolated" from the reference card.
+        source: "calibrated" on this card or "extrapolated" from the reference card (at the pace of
+            this card's host, where that was measured).
     """
 
     time: StepTime
@@ -253,11 +271,15 @@ def pace(walked: object, job: Job, gpu: Gpu | None) -> Pace | None:
     if rates is None:
         from vramplan.gpus import find_gpu  # noqa: PLC0415 - only where a card is named
 
-        profile, factor, source = profile_for(None), EXTRAPOLATION_FACTOR, "extrapolated"
+        measured, profile = profile, profile_for(None)
+        factor, source = EXTRAPOLATION_FACTOR, "extrapolated"
         known = rates_of(profile)
         rates = scaled(known, gpu, find_gpu(REFERENCE_GPU)) if known is not None else None
         if rates is None:
             return None
+        launch = measured.constants.get("launch_overhead_s")
+        if launch is not None and not measured.borrowed:
+            rates = at_pace(rates, launch.value)  # too few runs for rates, but its host is known
     time = step_time(walked, job, rates)
     ratio = profile.constants[RATIO]
     return Pace(

@@ -33,6 +33,11 @@ def test_committed_report_is_up_to_date() -> None:
         assert form(page, suffix) == committed
 
 
+def test_committed_report_of_another_card_is_up_to_date() -> None:
+    committed = (ROOT / "reports" / "accuracy-h200.md").read_text(encoding="utf-8")
+    assert form(accuracy_page(FOLDER.with_name("h200-141gb")), ".md") == committed
+
+
 def test_no_figure_got_worse_than_committed() -> None:
     assert worse(ROWS, read_errors(ROOT / "reports" / "accuracy.csv")) == []
 

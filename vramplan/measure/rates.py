@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -10,7 +11,8 @@ import torch
 MATRIX = 4096
 THIN = 512
 COPY_BYTES = 256 * 1024**2
-NUM_LAUNCHES = 500
+NUM_LAUNCHES = 50
+NUM_LOOPS = 10
 NEEDED_BYTES = 4 * COPY_BYTES
 
 
@@ -52,17 +54,22 @@ def measure_rates(device: torch.device) -> dict[str, float] | None:
 
 
 def _launch_overhead(device: torch.device) -> float:
-    """Seconds that Python, torch and the driver take to launch one small operation."""
+    """Seconds that Python, torch and the driver take to launch one small operation.
+
+    The median of some loops: a moment in which the host was busy elsewhere is no pace.
+    """
     one = torch.ones(1, device=device)
     for _ in range(50):
         one.add_(1)
+    loops = []
+    for _ in range(NUM_LOOPS):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(NUM_LAUNCHES):
+            one.add_(1)
+        loops.append((time.perf_counter() - began) / NUM_LAUNCHES)
     torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(NUM_LAUNCHES):
-        one.add_(1)
-    launched = time.perf_counter() - began
-    torch.cuda.synchronize()
-    return launched / NUM_LAUNCHES
+    return statistics.median(loops)
 
 
 def _seconds(work: Callable[[], object], repeats: int) -> float:
