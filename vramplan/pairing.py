@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from vramplan.errors import EnvironmentProblem, RecordError, UsageError
 from vramplan.evidence import measurement, merged, read_timeline, timeline_path
 from vramplan.files import alone_in, write_all
 from vramplan.record import read_record
-from vramplan.regression import Check, Measurement, Outcome, Threshold, check, worst
+from vramplan.regression import Checked, Measurement, Threshold, check
 
 REPEAT = re.compile(r"-repeat\d+$")  # as ``vramplan measure --repeat`` names them
 
@@ -22,29 +21,6 @@ class Evidence(NamedTuple):
 
     measurement: Measurement
     paths: tuple[Path, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """Everything that was compared.
-
-    Attributes:
-        checks: One for each measurement that both sides have.
-        missing: Names that only the baseline has.
-        new: Names that only the current side has.
-    """
-
-    checks: tuple[Check, ...] = ()
-    missing: tuple[str, ...] = ()
-    new: tuple[str, ...] = ()
-
-    @property
-    def outcome(self) -> Outcome:
-        """Worse if one is; else not judged if one could not be compared, or none was."""
-        found = worst(self.checks)
-        if found != "worse" and (self.missing or not self.checks):
-            return "not judged"
-        return found
 
 
 class Accepted(NamedTuple):
