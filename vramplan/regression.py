@@ -19,6 +19,8 @@ from vramplan.units import MIB, parse_size
 Outcome = Literal["same", "better", "worse", "not judged"]
 
 MIN_REPEATS = 3  # fewer do not tell a slower program from a slower moment
+LEAKS = frozenset(("leaked", "per_step"))
+NEVER_FAILS = "never fails"
 OUTSIDE_TRAINING = ("load", "prepare", "evaluate", "save")  # phases that "allocated" leaves out
 
 
@@ -73,7 +75,7 @@ METRICS: Mapping[str, Metric] = {
     "paging": Metric("moved by paging", Threshold(0.05)),
     "host_ram": Metric("host RAM", None),
     "tokens_per_s": Metric("tokens/s", Threshold(0.10), timed=True, higher_is_better=True),
-    "seconds": Metric("time, s", Threshold(0.10), timed=True),
+    "seconds": Metric("time", Threshold(0.10), timed=True),
 }
 
 _SHARE = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)\s*%")
@@ -208,7 +210,8 @@ class Check:
         changes: Figure by figure; those that neither side has are left out.
         grown: Modules and kinds that hold more, the largest first.
         versions: What -> (then, now), where they differ.
-        phase: The fullest phase, if the peak is worse; else the one that grew most.
+        phase: The fullest phase, if the peak is worse; else the one that grew most; none for a
+            leak.
         refused: Why nothing was compared; empty if it was.
         failed: A run that used to end well and ran out of memory, in words.
         mended: How the baseline ran out of memory, where this run did not, in words.
@@ -289,10 +292,10 @@ def _change(
         return _timed_change(name, current, baseline, threshold)
     before, after = baseline.figures.get(name), current.figures.get(name)
     if before is None or after is None:
-        side = "baseline" if before is None else "this run"
-        return Change(name, before, after, None, "not judged", f"not measured in the {side}")
+        side = "the baseline" if before is None else "this run"
+        return Change(name, before, after, None, "not judged", f"not measured in {side}")
     if threshold is None:
-        return Change(name, before, after, None, "not judged", "never fails")
+        return Change(name, before, after, None, "not judged", NEVER_FAILS)
     base = baseline.figures.get(metric.relative_to, 0) if metric.relative_to else before
     return Change(name, before, after, threshold.allowed(base), _outcome(
         after - before, threshold.allowed(base)
@@ -314,7 +317,7 @@ def _timed_change(
         why = f"{len(then)} and {len(now)} repeats; {MIN_REPEATS} each tell a difference"
         return Change(name, before, after, None, "not judged", why)
     if threshold is None:
-        return Change(name, before, after, None, "not judged", "never fails")
+        return Change(name, before, after, None, "not judged", NEVER_FAILS)
     sign = -1 if METRICS[name].higher_is_better else 1
     allowed = threshold.allowed(before)
     outcome = _outcome(sign * (after - before), allowed)
@@ -332,6 +335,8 @@ def _median(values: tuple[float, ...]) -> float | None:
 
 
 def _phase(current: Measurement, baseline: Measurement, worse: set[str]) -> str:
+    if worse & LEAKS:  # they fill every phase
+        return ""
     training = {n: size for n, size in current.phases.items() if n not in OUTSIDE_TRAINING}
     if "allocated" in worse and training:
         return max(training, key=lambda name: training[name])
@@ -347,7 +352,7 @@ def _grown(
     current: Measurement, baseline: Measurement, worse: set[str], phase: str
 ) -> tuple[Growth, ...]:
     """Growth at the moment that the worst figure is about."""
-    if worse & {"leaked", "per_step"} and current.left:
+    if worse & LEAKS and current.left:
         return growth(current.left, baseline.left)
     moments = [
         (current.moments.get(phase, {}), baseline.moments.get(phase, {})),
@@ -392,3 +397,26 @@ def worst(checks: Iterable[Check]) -> Outcome:
     found = {check.outcome for check in checks}
     order: tuple[Outcome, ...] = ("worse", "not judged", "better", "same")
     return next((outcome for outcome in order if outcome in found), "same")
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Everything that was compared.
+
+    Attributes:
+        checks: One for each measurement that both sides have.
+        missing: Names that only the baseline has.
+        new: Names that only the current side has.
+    """
+
+    checks: tuple[Check, ...] = ()
+    missing: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+
+    @property
+    def outcome(self) -> Outcome:
+        """Worse if one is; else not judged if one could not be compared, or none was."""
+        found = worst(self.checks)
+        if found != "worse" and (self.missing or not self.checks):
+            return "not judged"
+        return found
