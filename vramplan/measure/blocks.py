@@ -21,13 +21,13 @@ class Mark(NamedTuple):
     """Where the program is from here on.
 
     Attributes:
-        count: Allocations made before it.
+        at: Allocations made before it.
         phase: Phase of the step.
         owner: Module at work, empty for none.
         inside: Whether that is a module's forward (a recomputed one too), not its backward.
     """
 
-    count: int
+    at: int
     phase: str
     owner: str
     inside: bool
@@ -68,7 +68,7 @@ class Blocks:
         self.made: dict[int, Mapping[str, Any]] = {}
         self.gone: dict[int, int] = {}
         self.known: dict[int, Meaning] = {}
-        self._marks, self._at = marks, [mark.count for mark in marks]
+        self._marks, self._at = marks, [mark.at for mark in marks]
         self._labels = deque(labels)
         self._live: dict[int, int] = {}  # address -> block
 

@@ -1,0 +1,247 @@
+"""The pytest plugin: GPU memory as something that tests can fail on.
+
+``@pytest.mark.limit_vram("11 GiB")`` limits a test, the ``vram`` fixture measures regions and runs
+fine-tuning jobs, ``--vram-save`` and ``--vram-compare`` keep baselines. Pytest loads this in every
+project that has vramplan installed: everything behind it is imported when a test asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from vramplan.testing.fixture import Vram
+    from vramplan.testing.limits import Limit
+    from vramplan.testing.plan import Plan
+    from vramplan.testing.session import Measured, Session, TestCard
+
+MARKER = "limit_vram"
+REQUIRE = "VRAMPLAN_REQUIRE_GPU"
+MARKER_HELP = (
+    f'{MARKER}(size, kind="allocated"): fail the test if its peak of GPU memory is above the size, '
+    'such as "11 GiB". kind: "allocated" (torch\'s max_memory_allocated), "reserved" '
+    '(max_memory_reserved) or "device" (what the process holds on the card). '
+    f"Skipped without a GPU, unless {REQUIRE}=1. (vramplan)"
+)
+
+
+class HookSpecs:
+    """Hooks that a conftest.py may implement."""
+
+    @pytest.hookspec(firstresult=True)
+    def pytest_vram_card(self, config: pytest.Config) -> TestCard | None:
+        """Return the card to measure on, in place of torch's current CUDA device."""
+
+
+_session = pytest.StashKey["Session"]()
+_plan = pytest.StashKey["Plan | None"]()
+_measured = pytest.StashKey["Measured"]()
+_limits = pytest.StashKey["list[Limit]"]()
+_told = pytest.StashKey["list[dict[str, Any]]"]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vramplan", "GPU memory: limits and baselines (vramplan)")
+    group.addoption(
+        "--vram-save",
+        metavar="NAME",
+        help="Save what passing tests took as baseline NAME, one file per GPU and versions.",
+    )
+    group.addoption(
+        "--vram-compare",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="Compare with baseline NAME (write it with =), or with the newest for this GPU, and "
+        "fail tests that need more.",
+    )
+    group.addoption(
+        "--vram-fail",
+        metavar="FIGURE:MORE,...",
+        help="With --vram-compare: how much more is a failure, such as "
+        "allocated:1%%,reserved:200MiB,device:off; the default thresholds for what is not named.",
+    )
+    group.addoption(
+        "--vram-storage",
+        metavar="DIR",
+        default=".vram",
+        help="Folder of the baselines, meant to be committed; relative to rootdir "
+        "[default: %(default)s].",
+    )
+    group.addoption(
+        "--vram-overwrite",
+        action="store_true",
+        help="With --vram-save: replace a baseline of that name.",
+    )
+    group.addoption(
+        "--vram-spread",
+        action="store_true",
+        help="With pytest-xdist: worker n measures on GPU n modulo their number. Without, all "
+        "workers measure on the first GPU, one test at a time.",
+    )
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(HookSpecs)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", MARKER_HELP)
+    config.stash[_told] = []
+    options = [config.getoption(f"vram_{name}") for name in ("save", "compare", "fail")]
+    config.stash[_plan] = None
+    if any(option is not None for option in options) or config.getoption("vram_overwrite"):
+        from vramplan.testing.plan import make_plan  # noqa: PLC0415 - where it is asked for
+
+        with _usage():
+            config.stash[_plan] = make_plan(config)
+    if config.getoption("vram_spread") and hasattr(config, "workerinput"):
+        from vramplan.testing.spread import choose_gpu  # noqa: PLC0415 - as above
+
+        with _usage():
+            choose_gpu(config.workerinput["workerid"])
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """Our errors as pytest's own: one line and exit code 4."""
+    from vramplan.errors import VramplanError  # noqa: PLC0415 - light, but not for every project
+
+    try:
+        yield
+    except VramplanError as error:
+        raise pytest.UsageError(f"vramplan: {error}") from None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    session = config.stash.get(_session, None)
+    if session is not None:
+        session.close()
+
+
+def _session_of(config: pytest.Config) -> Session:
+    if _session not in config.stash:
+        from vramplan.testing.session import Session  # noqa: PLC0415 - as above
+
+        def open_card() -> TestCard:
+            chosen: TestCard | None = config.hook.pytest_vram_card(config=config)
+            if chosen is not None:
+                return chosen
+            from vramplan.measure.card import open_card  # noqa: PLC0415 - as above
+
+            return open_card()
+
+        config.stash[_session] = Session(open_card)
+    return config.stash[_session]
+
+
+# -- one test --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vram(request: pytest.FixtureRequest) -> Vram:
+    """Measure GPU memory: `with vram.measure("step") as m: ...`, `vram.run(model, ...)`."""
+    _prepare(request.node)
+    from vramplan.testing.fixture import Vram  # noqa: PLC0415 - as above
+
+    return Vram(_session_of(request.config), request.node.stash[_measured])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    marks = list(item.iter_markers(MARKER))
+    if marks:
+        item.stash[_limits] = _limits_of(marks)
+    if marks or "vram" in getattr(item, "fixturenames", ()):
+        _prepare(item)
+    return (yield)
+
+
+def _limits_of(marks: list[pytest.Mark]) -> list[Limit]:
+    """The limits of a test, of each kind the one that stands closest to it."""
+    from vramplan.errors import VramplanError  # noqa: PLC0415 - as above
+    from vramplan.testing.limits import parse_limit  # noqa: PLC0415 - as above
+
+    try:
+        found = [parse_limit(mark.args, mark.kwargs) for mark in marks]
+    except VramplanError as error:
+        pytest.fail(str(error), pytrace=False)
+    return list({limit.kind: limit for limit in reversed(found)}.values())
+
+
+def _prepare(item: pytest.Item) -> None:
+    """Take the card for a test; without one it is skipped, or fails if one is required."""
+    if _measured in item.stash:
+        return
+    from vramplan.errors import EnvironmentProblem  # noqa: PLC0415 - as above
+
+    try:
+        session = _session_of(item.config)
+        session.acquire()
+    except (EnvironmentProblem, ImportError) as error:
+        if os.environ.get(REQUIRE) == "1":
+            pytest.fail(f"{REQUIRE}=1, but no GPU memory can be measured: {error}", pytrace=False)
+        pytest.skip(f"no GPU memory can be measured: {error}")
+    from vramplan.testing.session import Measured  # noqa: PLC0415 - as above
+
+    item.stash[_measured] = Measured()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    limits = item.stash.get(_limits, [])
+    if not limits:
+        result = yield
+    else:
+        session = _session_of(item.config)
+        region = None
+        try:
+            with session.meter.measure("whole test") as region:
+                result = yield
+        finally:
+            if region is not None:
+                item.stash[_measured].add_region(region, session)
+    _judge(item, limits)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    try:
+        result = yield
+        _judge(item, [])  # what fixtures measured while they were taken down
+    finally:
+        if _measured in item.stash:
+            _session_of(item.config).release()
+    return result
+
+
+def _judge(item: pytest.Item, limits: list[Limit]) -> None:
+    """Fail a test that took more than it may, or than it did."""
+    measured = item.stash.get(_measured, None)
+    if measured is None or not (measured.repeats or limits):
+        return
+    from vramplan.testing.verdict import judge  # noqa: PLC0415 - as above
+
+    told = judge(item, measured, limits, item.config.stash[_plan], _session_of(item.config))
+    item.stash.setdefault(_told, []).append(told)
+    if told["failures"]:
+        pytest.fail("\n\n".join(told["failures"]), pytrace=False)
+
+
+# -- the end ---------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.stash.get(_told, []):
+        report.vram = item.stash[_told].pop()  # type: ignore[attr-defined] - goes with it to xdist
+    return report
