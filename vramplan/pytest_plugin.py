@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vramplan.testing.collector import Collector
+
 if TYPE_CHECKING:
     from vramplan.testing.fixture import Vram
     from vramplan.testing.limits import Limit
     from vramplan.testing.plan import Plan
-    from vramplan.testing.session import Measured, Session, TestCard
+    from vramplan.testing.session import GpuCard, Measured, Session
 
 MARKER = "limit_vram"
 REQUIRE = "VRAMPLAN_REQUIRE_GPU"
@@ -34,18 +36,19 @@ class HookSpecs:
     """Hooks that a conftest.py may implement."""
 
     @pytest.hookspec(firstresult=True)
-    def pytest_vram_card(self, config: pytest.Config) -> TestCard | None:
+    def pytest_vram_card(self, config: pytest.Config) -> GpuCard | None:
         """Return the card to measure on, in place of torch's current CUDA device."""
 
 
-_session = pytest.StashKey["Session"]()
-_plan = pytest.StashKey["Plan | None"]()
-_measured = pytest.StashKey["Measured"]()
-_limits = pytest.StashKey["list[Limit]"]()
-_told = pytest.StashKey["list[dict[str, Any]]"]()
+_session: pytest.StashKey[Session] = pytest.StashKey()
+_plan: pytest.StashKey[Plan | None] = pytest.StashKey()
+_measured: pytest.StashKey[Measured] = pytest.StashKey()
+_limits: pytest.StashKey[list[Limit]] = pytest.StashKey()
+_told: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of ``pytest --help``."""
     group = parser.getgroup("vramplan", "GPU memory: limits and baselines (vramplan)")
     group.addoption(
         "--vram-save",
@@ -87,24 +90,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """The hooks that a conftest.py may implement."""
     pluginmanager.add_hookspecs(HookSpecs)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Read the options; what is wrong with them is said before any test runs."""
     config.addinivalue_line("markers", MARKER_HELP)
-    config.stash[_told] = []
     options = [config.getoption(f"vram_{name}") for name in ("save", "compare", "fail")]
     config.stash[_plan] = None
     if any(option is not None for option in options) or config.getoption("vram_overwrite"):
         from vramplan.testing.plan import make_plan  # noqa: PLC0415 - where it is asked for
 
         with _usage():
-            config.stash[_plan] = make_plan(config)
-    if config.getoption("vram_spread") and hasattr(config, "workerinput"):
+            config.stash[_plan] = make_plan(config, lambda: _session_of(config).card)
+    worker = getattr(config, "workerinput", None)  # of pytest-xdist
+    if worker is None:
+        config.pluginmanager.register(Collector(config.stash[_plan]), "vramplan-collector")
+    elif config.getoption("vram_spread"):
         from vramplan.testing.spread import choose_gpu  # noqa: PLC0415 - as above
 
         with _usage():
-            choose_gpu(config.workerinput["workerid"])
+            choose_gpu(worker["workerid"])
 
 
 @contextlib.contextmanager
@@ -119,6 +126,7 @@ def _usage() -> Iterator[None]:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what the tests left open."""
     session = config.stash.get(_session, None)
     if session is not None:
         session.close()
@@ -128,8 +136,8 @@ def _session_of(config: pytest.Config) -> Session:
     if _session not in config.stash:
         from vramplan.testing.session import Session  # noqa: PLC0415 - as above
 
-        def open_card() -> TestCard:
-            chosen: TestCard | None = config.hook.pytest_vram_card(config=config)
+        def open_card() -> GpuCard:
+            chosen: GpuCard | None = config.hook.pytest_vram_card(config=config)
             if chosen is not None:
                 return chosen
             from vramplan.measure.card import open_card  # noqa: PLC0415 - as above
@@ -153,7 +161,8 @@ def vram(request: pytest.FixtureRequest) -> Vram:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    """Take the card for a test that measures."""
     marks = list(item.iter_markers(MARKER))
     if marks:
         item.stash[_limits] = _limits_of(marks)
@@ -193,25 +202,25 @@ def _prepare(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Measure a test that is limited; judge what any measured."""
     limits = item.stash.get(_limits, [])
-    if not limits:
-        result = yield
-    else:
-        session = _session_of(item.config)
-        region = None
-        try:
-            with session.meter.measure("whole test") as region:
+    try:
+        if not limits:
+            result = yield
+        else:
+            with item.stash[_measured].whole(_session_of(item.config)):
                 result = yield
-        finally:
-            if region is not None:
-                item.stash[_measured].add_region(region, session)
+    except BaseException:
+        _report_failure(item)
+        raise
     _judge(item, limits)
     return result
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Give the card back."""
     try:
         result = yield
         _judge(item, [])  # what fixtures measured while they were taken down
@@ -224,24 +233,50 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
 def _judge(item: pytest.Item, limits: list[Limit]) -> None:
     """Fail a test that took more than it may, or than it did."""
     measured = item.stash.get(_measured, None)
-    if measured is None or not (measured.repeats or limits):
+    if measured is None or not measured.repeats:
         return
+    from vramplan.errors import VramplanError  # noqa: PLC0415 - as above
     from vramplan.testing.verdict import judge  # noqa: PLC0415 - as above
 
-    told = judge(item, measured, limits, item.config.stash[_plan], _session_of(item.config))
-    item.stash.setdefault(_told, []).append(told)
+    card = _session_of(item.config).card
+    try:
+        told = judge(item.nodeid, measured, limits, item.config.stash[_plan], card)
+    except VramplanError as error:
+        pytest.fail(str(error), pytrace=False)
+    item.stash[_told] = told
+    _tell_benchmark(item, told)
     if told["failures"]:
         pytest.fail("\n\n".join(told["failures"]), pytrace=False)
 
 
-# -- the end ---------------------------------------------------------------------------------------
+def _report_failure(item: pytest.Item) -> None:
+    """Show what was held where a test ran out of memory; its figures are not judged."""
+    measured = item.stash.get(_measured, None)
+    if measured is None:
+        return
+    from vramplan.testing.verdict import failure_report  # noqa: PLC0415 - as above
+
+    ended = [m for repeats in measured.repeats.values() for m in repeats if m.oom]
+    if ended:
+        item.add_report_section("call", "vram", failure_report(ended[0]))
+    measured.repeats.clear()
+
+
+def _tell_benchmark(item: pytest.Item, told: dict[str, Any]) -> None:
+    """Pytest-benchmark keeps the figures beside its times."""
+    benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
+    if hasattr(benchmark, "extra_info"):
+        figures = {name: found["figures"] for name, found in told["measured"].items()}
+        benchmark.extra_info.setdefault("vram", {}).update(figures)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Send along what a test measured."""
     report = yield
-    if item.stash.get(_told, []):
-        report.vram = item.stash[_told].pop()  # type: ignore[attr-defined] - goes with it to xdist
+    if call.when != "setup" and _told in item.stash:
+        report.vram = item.stash[_told]  # type: ignore[attr-defined]  # xdist carries it along
+        del item.stash[_told]
     return report

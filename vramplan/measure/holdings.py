@@ -42,7 +42,7 @@ class Notes:
         paged: Optimizer state in managed memory: address -> bytes.
     """
 
-    base: Counts = Counts(0, 0)
+    base: Counts
     marks: list[Mark] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     cleared: list[tuple[Counts, Counts]] = field(default_factory=list)
@@ -101,7 +101,8 @@ def read_region(
     Args:
         trace: The allocator's, from ``notes.base`` on, what was cleared after the region included.
         notes: Beside it.
-        start, stop: The region's ends.
+        start: Counts at its start.
+        stop: Counts at its end.
         held: Address and bytes of each block that was there at its start.
         round_size: What the allocator makes of a request.
 

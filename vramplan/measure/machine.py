@@ -66,6 +66,10 @@ class Machine:
             ) from None
         self.nvml = pynvml
 
+    def count(self) -> int:
+        """GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
+        return len(self._visible())
+
     def device(self, index: int) -> Device:
         """One GPU.
 

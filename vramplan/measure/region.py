@@ -169,7 +169,7 @@ class Meter:
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self.notes = Notes()
+        self.notes = Notes(Counts(0, 0))
         self._open: list[tuple[Region, _Opening]] = []
         self._follow: Follow | None = None
         self._undo = contextlib.ExitStack()
@@ -209,14 +209,13 @@ class Meter:
         self._open.append((region, opening))
 
     def _start(self) -> None:
-        self.notes = Notes()
+        self.notes = Notes(self.card.counts())
         if self.card.recording():
             self._why_unknown = "the program records the allocator's history itself"
             return
         self._why_unknown = ""
         self._undo.callback(self.card.stop_recording)
         self.card.start_recording()
-        self.notes.base = self.card.counts()
         self._follow = self.card.follow(self.notes)
         self._undo.callback(self._follow.close)
 

@@ -12,6 +12,7 @@ from typing import Any
 from vramplan.errors import EnvironmentProblem, UnknownNameError, UsageError
 from vramplan.evidence import measurement
 from vramplan.job import Job
+from vramplan.measure.harness import Outcome
 from vramplan.measure.region import Region
 from vramplan.measure.spec import DEFAULT_STEPS, DEFAULT_TIMEOUT_S, RunSpec, make_specs, repeated
 from vramplan.record import Record
@@ -123,7 +124,7 @@ class Vram:
         return record
 
     def _run(self, name: str, repeat: RunSpec) -> Record:
-        outcome = self._session.harness.run(repeat)
+        outcome: Outcome = self._session.harness.run(repeat)
         timeline = None
         if outcome.timeline is not None:
             document = json.loads(gzip.decompress(outcome.timeline))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,13 +13,19 @@ from vramplan.measure.region import Card, Meter, Region
 from vramplan.regression import Measurement
 from vramplan.testing.measured import region_measurement
 
+WHOLE = "whole test"
 
-class TestCard(Card, Protocol):
+
+class GpuCard(Card, Protocol):
     """The card that tests are measured on (see ``measure.card.TorchCard``)."""
 
-    __test__ = False
-    where: Mapping[str, str]
-    versions: Mapping[str, str]
+    @property
+    def where(self) -> Mapping[str, str]:
+        """What must be equal for figures to be comparable: GPU and allocator settings."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """What else decides them."""
 
     @property
     def lock_name(self) -> str:
@@ -50,6 +56,17 @@ class Measured:
     repeats: dict[str, list[Measurement]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @contextlib.contextmanager
+    def whole(self, session: Session) -> Iterator[None]:
+        """Measure a test as a whole."""
+        region = None
+        try:
+            with session.meter.measure(WHOLE) as region:
+                yield
+        finally:
+            if region is not None:
+                self.add_region(region, session)
+
     def add_region(self, region: Region, session: Session) -> None:
         """A region that is over."""
         if region.peak_allocated_bytes is None:
@@ -76,9 +93,9 @@ class Session:
         open_card: Opens the card.
     """
 
-    def __init__(self, open_card: Callable[[], TestCard]) -> None:
+    def __init__(self, open_card: Callable[[], GpuCard]) -> None:
         self._open_card = open_card
-        self._card: TestCard | None = None
+        self._card: GpuCard | None = None
         self._meter: Meter | None = None
         self._harness: Any = None
         self._lock = contextlib.ExitStack()
@@ -86,7 +103,7 @@ class Session:
         self.holds_lock = False
 
     @property
-    def card(self) -> TestCard:
+    def card(self) -> GpuCard:
         """The card.
 
         Raises:
