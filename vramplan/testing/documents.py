@@ -136,7 +136,10 @@ def _folded(holdings: Holdings) -> list[list[Any]]:
         else:
             found.append([kind, owner, nbytes])
     for (kind, pattern, nbytes), layers in alike.items():
-        found.append([kind, pattern, nbytes, _ranges(layers)])
+        if len(layers) > 1:
+            found.append([kind, pattern, nbytes, _ranges(layers)])
+        else:
+            found.append([kind, pattern.replace("*", str(layers[0])), nbytes])
     return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
 
 

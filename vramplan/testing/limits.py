@@ -87,12 +87,14 @@ def _peak(measurement: Measurement, kind: str) -> int | None:
 def _lines(limit: Limit, peak: int, fullest: Measurement) -> Iterable[str]:
     phase = max(fullest.phases, key=lambda name: fullest.phases[name], default="")
     where = f", in {printable(phase)}" if phase else ""
+    own = where if limit.kind == "allocated" else ""
     yield (
-        f"{METRICS[limit.kind].title} {format_bytes(peak)} is {format_bytes(peak - limit.nbytes)} "
-        f"above the limit of {format_bytes(limit.nbytes)}{where}."
+        f"{printable(fullest.name)}: {METRICS[limit.kind].title} {format_bytes(peak)} is "
+        f"{format_bytes(peak - limit.nbytes)} above the limit of {format_bytes(limit.nbytes)}{own}."
     )
-    if fullest.name:
-        yield f"Measured: {printable(fullest.name)}."
+    allocated = _peak(fullest, "allocated")
+    if limit.kind != "allocated" and allocated is not None:
+        yield f"Of it {format_bytes(allocated)} were allocated at most{where}."
     if fullest.peak:
         yield ""
         yield from owner_table(fullest.peak)

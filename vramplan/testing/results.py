@@ -72,7 +72,7 @@ class Results:
             baselines.save(rescued, plan.save, where, versions, tests, "")
             self.saved.append(f"{plan.save} could not be saved: {error}. It is in {rescued}.")
             return
-        self.saved.append(f"Saved {_tests(len(tests))} in {target}.")
+        self.saved.append(f"Saved {_tests(len(tests))} in {_shown(target)}.")
         if target != path:
             self.saved.append(f"{path.name} is another run's, made meanwhile; it was left alone.")
         elif lost:
@@ -98,6 +98,12 @@ class Results:
 
 def _tests_in(path: Path) -> set[str]:
     return set(baselines.read(path).tests)
+
+
+def _shown(path: Path) -> Path:
+    """A path as people would type it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _tests(count: int) -> str:
