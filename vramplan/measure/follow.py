@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from torch.optim.optimizer import (
 from vramplan.measure import labels
 from vramplan.measure.blocks import Mark
 from vramplan.measure.holdings import OUTSIDE, Notes
+from vramplan.measure.region import is_out_of_memory
 from vramplan.names import HEADS, owner_of
 from vramplan.timeline import Kind
 
@@ -122,6 +124,8 @@ class Follower:
         if torch.compiler.is_compiling() or not self._stack:
             return
         owner = self._stack.pop()
+        if output is None and is_out_of_memory(sys.exc_info()[1]):
+            return  # the failed allocation stays with the module that asked
         if self.phase != "loss":
             self._follow_back(output, owner)
         if self._ends_in_loss(owner, output):

@@ -187,7 +187,7 @@ class Meter:
             self._begin(region)
             yield region
         except BaseException as error:
-            region.failed, region.oom = type(error).__name__, _is_out_of_memory(error)
+            region.failed, region.oom = type(error).__name__, is_out_of_memory(error)
             with contextlib.suppress(Exception):  # a card that failed may not answer
                 self._read(region)
             raise
@@ -270,6 +270,6 @@ class Meter:
             self._undo.close()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Torch's exception, by name: this module does without torch."""
     return type(error).__name__ == "OutOfMemoryError"

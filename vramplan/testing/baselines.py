@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vramplan.errors import EnvironmentProblem, RecordError
 from vramplan.files import alone_in, provenance, write_text
+from vramplan.names import printable
 from vramplan.regression import Measurement
-from vramplan.report.findings import printable
 from vramplan.testing.documents import MeasurementDocument
 
 SCHEMA_VERSION = 1

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vramplan.errors import UnknownNameError, UsageError, VramplanError
-from vramplan.names import any_layer
+from vramplan.names import any_layer, printable
 from vramplan.regression import METRICS, Measurement
-from vramplan.report.findings import printable
 from vramplan.units import format_bytes, parse_size
 
 KINDS = ("allocated", "reserved", "device")

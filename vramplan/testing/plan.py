@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from vramplan.errors import EnvironmentProblem, UsageError
+from vramplan.names import printable
 from vramplan.regression import Threshold, thresholds
-from vramplan.report.findings import printable
 from vramplan.testing import baselines
 from vramplan.testing.baselines import Baseline
 from vramplan.testing.session import GpuCard

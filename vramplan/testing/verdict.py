@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vramplan.names import printable
 from vramplan.regression import Check, Measurement, check
 from vramplan.report import findings
 from vramplan.testing import baselines
@@ -57,13 +58,13 @@ def judge(
     return {
         "failures": failures,
         "rows": [(own.name, *_figures(own), against(checks.get(own.name))) for own in found],
-        "not_compared": [findings.printable(reason, 300) for reason in reasons],
+        "not_compared": [printable(reason, 300) for reason in reasons],
         "measured": {own.name: document_of(own, card.where, card.versions) for own in found},
         "where": dict(card.where),
         "versions": dict(card.versions),
         "baseline": "" if baseline is None else str(baseline),
         "changed": "" if not checks else findings.versions_text(next(iter(checks.values()))),
-        "notes": [findings.printable(f"{test}, {note}", 300) for note in measured.notes],
+        "notes": [printable(f"{test}, {note}", 300) for note in measured.notes],
     }
 
 
@@ -84,7 +85,7 @@ def against(found: Check | None) -> str:
 
 def failure_report(measurement: Measurement) -> str:
     """What to show beside the traceback of a region that ran out of memory."""
-    lines = [f"{findings.printable(measurement.name)}: {measurement.failed}."]
+    lines = [f"{printable(measurement.name)}: {measurement.failed}."]
     if measurement.peak:
         lines += ["", *owner_table(measurement.peak)]
     return "\n".join(lines)
