@@ -176,10 +176,13 @@ def _limits_of(marks: list[pytest.Mark]) -> list[Limit]:
     from vramplan.errors import VramplanError  # noqa: PLC0415 - as above
     from vramplan.testing.limits import parse_limit  # noqa: PLC0415 - as above
 
+    found, wrong = [], ""
     try:
         found = [parse_limit(mark.args, mark.kwargs) for mark in marks]
     except VramplanError as error:
-        pytest.fail(str(error), pytrace=False)
+        wrong = str(error)
+    if wrong:  # not where the error is handled: pytest would show both
+        pytest.fail(wrong, pytrace=False)
     return list({limit.kind: limit for limit in reversed(found)}.values())
 
 
@@ -189,13 +192,15 @@ def _prepare(item: pytest.Item) -> None:
         return
     from vramplan.errors import EnvironmentProblem  # noqa: PLC0415 - as above
 
+    problem = ""
     try:
-        session = _session_of(item.config)
-        session.acquire()
+        _session_of(item.config).acquire()
     except (EnvironmentProblem, ImportError) as error:
-        if os.environ.get(REQUIRE) == "1":
-            pytest.fail(f"{REQUIRE}=1, but no GPU memory can be measured: {error}", pytrace=False)
-        pytest.skip(f"no GPU memory can be measured: {error}")
+        problem = f"no GPU memory can be measured: {error}"
+    if problem and os.environ.get(REQUIRE) == "1":
+        pytest.fail(f"{REQUIRE}=1, but {problem}", pytrace=False)
+    if problem:
+        pytest.skip(problem)
     from vramplan.testing.session import Measured  # noqa: PLC0415 - as above
 
     item.stash[_measured] = Measured()
@@ -242,11 +247,13 @@ def _judge(item: pytest.Item, limits: list[Limit]) -> None:
     try:
         told = judge(item.nodeid, measured, limits, item.config.stash[_plan], card)
     except VramplanError as error:
-        pytest.fail(str(error), pytrace=False)
-    item.stash[_told] = told
-    _tell_benchmark(item, told)
-    if told["failures"]:
-        pytest.fail("\n\n".join(told["failures"]), pytrace=False)
+        failures = [str(error)]
+    else:
+        failures = told["failures"]
+        item.stash[_told] = told
+        _tell_benchmark(item, told)
+    if failures:
+        pytest.fail("\n\n".join(failures), pytrace=False)
 
 
 def _report_failure(item: pytest.Item) -> None:

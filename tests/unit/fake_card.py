@@ -28,7 +28,10 @@ class FakeCard:
 
     def __init__(self) -> None:
         told = json.loads(os.environ.get("FAKE_CARD", "{}"))
-        self.where = {"GPU": told.get("gpu", "h100-sxm-80gb"), "allocator": told.get("conf", "default")}
+        self.where = {
+            "GPU": told.get("gpu", "h100-sxm-80gb"),
+            "allocator": told.get("conf", "default"),
+        }
         self.versions = {"torch": told.get("torch", "2.11.0"), "transformers": "5.17.0"}
         self.lock_name = told.get("lock", f"fake-{os.getpid()}")
         self.capacity = told.get("capacity", 1 << 40)
