@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from fakes import FakeNvml
 
 # loaded once, not again for every project that is run in this process
 import vramplan.testing.fixture
 import vramplan.testing.results
 import vramplan.testing.verdict  # noqa: F401
+from vramplan.errors import UsageError
+from vramplan.testing.spread import choose_gpu
 
 pytest_plugins = ["pytester"]
 
@@ -887,3 +892,34 @@ def test_help(pytester: pytest.Pytester) -> None:
     text = " ".join(" ".join(lines).split())
     assert "allocated:1%,reserved:200MiB,device:off" in text
     assert "relative to rootdir [default: .vram]." in text
+
+
+# -- several GPUs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("worker", "visible", "chosen"),
+    [
+        ("gw0", None, "GPU-aaaa-1"),
+        ("gw1", None, "GPU-bbbb-2"),
+        ("gw2", None, "GPU-aaaa-1"),
+        ("gw1", "1", "GPU-bbbb-2"),
+        ("gw0", "", ""),
+    ],
+)
+def test_workers_are_spread(
+    monkeypatch: pytest.MonkeyPatch, worker: str, visible: str | None, chosen: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")  # put back afterwards
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    choose_gpu(worker)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+
+
+def test_too_late_to_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setitem(sys.modules, "torch", begun)
+    with pytest.raises(UsageError, match="used CUDA before the GPU could be chosen"):
+        choose_gpu("gw0")

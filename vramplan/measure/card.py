@@ -34,7 +34,7 @@ def open_card() -> TorchCard:
         raise EnvironmentProblem("torch sees no CUDA GPU")
     index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     machine = Machine()
-    return TorchCard(machine, machine.device(index))
+    return TorchCard(machine, index)
 
 
 class TorchCard:
@@ -42,29 +42,31 @@ class TorchCard:
 
     Args:
         machine: NVML.
-        device: The card.
+        index: The card's number among those that CUDA_VISIBLE_DEVICES leaves visible.
 
     Attributes:
+        device: The card.
         where: What must be equal for figures to be comparable.
         versions: What else decides them.
     """
 
-    def __init__(self, machine: Machine, device: Device) -> None:
+    def __init__(self, machine: Machine, index: int) -> None:
         import torch  # noqa: PLC0415 - as above
 
-        self.torch, self.machine, self.device = torch, machine, device
+        from vramplan.measure.worker import environment, set_allocator  # noqa: PLC0415 - as above
+
+        self.torch, self.machine, self._index = torch, machine, index
+        self.device: Device = machine.device(index)
         # what the process holds beyond the allocator's segments: none before CUDA is begun
         self._beyond: int | None = None if torch.cuda.is_initialized() else 0
         self._others: int | None = None
-        from vramplan.measure.worker import environment, set_allocator  # noqa: PLC0415
-
-        settings = set_allocator("")
+        settings = set_allocator("")  # changes nothing, and tells what is in force
         self.where = {
-            "GPU": device.slug or device.name,
+            "GPU": self.device.slug or self.device.name,
             "allocator": settings or "default",
         }
         self.versions = {name: version or "none" for name, version in environment().items()}
-        self.versions["driver"] = device.driver
+        self.versions["driver"] = self.device.driver
         self.round_size = DEFAULT_SETTINGS.round_size
         with contextlib.suppress(UsageError):  # settings that we do not know round nothing
             self.round_size = parse_alloc_conf(settings or "").round_size
@@ -82,7 +84,7 @@ class TorchCard:
 
     def harness(self) -> Harness:
         """What runs jobs in workers on this card; its lock is held by whoever asks."""
-        return Harness("cuda", gpu_index=0, allow_busy=True, lock=False)
+        return Harness("cuda", gpu_index=self._index, allow_busy=True, lock=False)
 
     # -- the driver's view -----------------------------------------------------------------------
 
