@@ -21,7 +21,7 @@ class CpuCard(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live: dict[int, int] = {}
-        self.made = self.released = self.peak = 0
+        self.made = self.num_released = self.peak = 0
         self.log: list[dict[str, Any]] | None = None
         self.of_user = False
         self.capacity = 1 << 40
@@ -59,7 +59,7 @@ class CpuCard(TorchDispatchMode):
             self.book(tensor)
 
     def _free(self, place: int) -> None:
-        self.released += 1
+        self.num_released += 1
         self._note(action="free_requested", addr=place)
         del self.live[place]
 
@@ -68,7 +68,7 @@ class CpuCard(TorchDispatchMode):
             self.log.append(entry)
 
     def counts(self) -> Counts:
-        return Counts(self.made, self.released)
+        return Counts(self.made, self.num_released)
 
     def allocated(self) -> int:
         return sum(self.live.values())

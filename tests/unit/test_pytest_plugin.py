@@ -498,6 +498,15 @@ def test_it(vram):
     ]
 
 
+def test_a_whole_test_repeats_nothing(project: pytest.Pytester) -> None:
+    write(project, '@pytest.mark.limit_vram("1 GiB")' + REGION)
+    run(project, "--vram-save", "main")
+    result = run(project, "--vram-compare", extra=50 << 20)
+    told = [line for line in failure(result, "test_step") if "needs more" in line]
+    assert [line.split(":")[0] for line in told] == ["step needs more"]
+    assert [line.split()[1] for line in section(result)[1:3]] == ["step", "whole"]
+
+
 def test_not_in_the_baseline(project: pytest.Pytester) -> None:
     write(project, REGION)
     run(project, "--vram-save", "main")

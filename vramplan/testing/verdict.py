@@ -13,7 +13,7 @@ from vramplan.testing.baselines import Baseline
 from vramplan.testing.documents import document_of
 from vramplan.testing.limits import Limit, excess, owner_table
 from vramplan.testing.plan import Plan
-from vramplan.testing.session import GpuCard, Measured
+from vramplan.testing.session import WHOLE, GpuCard, Measured
 from vramplan.units import format_bytes
 
 SHOWN = ("allocated", "reserved")
@@ -52,9 +52,9 @@ def judge(
         checks[own.name] = check(own, then, plan.allowed)
         if checks[own.name].refused:
             reasons.append(f"{test}, {own.name}: {checks[own.name].refused}")
-    for found_check in checks.values():
-        if found_check.outcome == "worse":
-            failures.append("\n".join((f"Against {baseline}:", *findings.lines(found_check))))
+    worse = [found for found in checks.values() if found.outcome == "worse"]
+    for found_check in [c for c in worse if c.name != WHOLE] or worse:  # the whole says no more
+        failures.append("\n".join((f"Against {baseline}:", *findings.lines(found_check))))
     return {
         "failures": failures,
         "rows": [(own.name, *_figures(own), against(checks.get(own.name))) for own in found],
