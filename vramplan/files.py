@@ -127,7 +127,9 @@ def provenance() -> dict[str, Any]:
     # a runner may have the files without their history, or with that of another commit
     commit = os.environ.get("GITHUB_SHA") or _git_commit()
     program = Path(sys.argv[0]).name
-    words = ["vramplan" if program == "__main__.py" else program, *sys.argv[1:]]
+    if program == "__main__.py":
+        program = "pytest" if Path(sys.argv[0]).parent.name == "pytest" else "vramplan"
+    words = [program, *sys.argv[1:]]
     return {
         "command": shlex.join(words),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

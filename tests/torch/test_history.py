@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from vramplan.measure.blocks import Mark
+from vramplan.measure.gauge import Gauge, PhaseBook
 from vramplan.measure.history import HistoryTap
-from vramplan.measure.watch import Gauge, PhaseBook
 from vramplan.names import holder_of, owner_of
 from vramplan.timeline import Kind, Phase
 
@@ -42,7 +43,7 @@ class Story:
         self.names: dict[int, str] = {}
 
     def at(self, phase: str, owner: str = "", *, inside: bool = False) -> Story:
-        self.tap.marks.append((self.count, phase, owner, inside))
+        self.tap.marks.append(Mark(self.count, phase, owner, inside))
         return self
 
     def alloc(

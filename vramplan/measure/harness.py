@@ -57,18 +57,21 @@ class Harness:
         device: "cuda" or "cpu".
         gpu_index: Which of the visible GPUs.
         allow_busy: Measure although others use the GPU.
+        lock: Take the GPU's lock; whoever holds it already says no.
 
     Raises:
         EnvironmentProblem: Without a GPU, with a busy or locked one, or with packages missing.
     """
 
-    def __init__(self, device: str, *, gpu_index: int = 0, allow_busy: bool = False) -> None:
+    def __init__(
+        self, device: str, *, gpu_index: int = 0, allow_busy: bool = False, lock: bool = True
+    ) -> None:
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         if missing:
             raise EnvironmentProblem(
                 f"measuring needs {', '.join(missing)}: pip install 'vramplan[measure]'"
             )
-        self.allow_busy = allow_busy
+        self.allow_busy, self.lock = allow_busy, lock
         self.machine = Machine() if device == "cuda" else None
         self.gpu: Device | None = self.machine.device(gpu_index) if self.machine else None
         self._server: subprocess.Popen[str] | None = None
@@ -76,7 +79,8 @@ class Harness:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(locked(self.gpu.uuid if self.gpu else "cpu"))
+            if self.lock:
+                stack.enter_context(locked(self.gpu.uuid if self.gpu else "cpu"))
             if self.machine and self.gpu and not self.allow_busy:
                 self.machine.refuse_if_busy(self.gpu)
             self._folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vramplan-"))

@@ -7,15 +7,16 @@ allocate anything and leave the autograd graph as it is.
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from vramplan.alloc_conf import DEFAULT_SETTINGS, AllocatorSettings
-from vramplan.measure.watch import Gauge, PhaseBook
-from vramplan.names import HEADS, holder_of, owner_of
+from vramplan.measure import labels
+from vramplan.measure.blocks import Blocks, Label, Mark, Meaning
+from vramplan.measure.gauge import Gauge, PhaseBook
+from vramplan.names import HEADS, owner_of
 from vramplan.timeline import Event, Kind, Phase, Section, Timeline
 
 MAX_ENTRIES = 4_000_000
@@ -37,8 +38,8 @@ class HistoryTap:
         self.backward_module = self.decoder = ""
         self.names: dict[int, str] = {}
         self.phase = "load"
-        self.marks: list[tuple[int, str, str, bool]] = []
-        self.labels: list[tuple[int, dict[int, tuple[Kind, str]]]] = []
+        self.marks: list[Mark] = []
+        self.labels: list[Label] = []
         self.ready_at = self.kept_to = self.stopped_at = 0
         book.on_enter.append(self._enter_phase)
         if gauge.cuda:
@@ -56,7 +57,7 @@ class HistoryTap:
     def _mark(self) -> None:
         inside = bool(self.stack)
         owner = self.stack[-1] if inside else self.backward_module
-        self.marks.append((self._count(), self.phase, owner, inside))
+        self.marks.append(Mark(self._count(), self.phase, owner, inside))
 
     def _enter_phase(self, phase: str) -> None:
         self.phase = phase
@@ -77,28 +78,13 @@ class HistoryTap:
         self.decoder = next(
             owner_of(name).rpartition(".")[0] for name, m in model.named_modules() if m is table
         )
-        trained = Kind.ADAPTERS if hasattr(model, "get_base_model") else Kind.WEIGHTS
 
         def ready() -> None:
             self.ready_at = self._count()
-            self._label(
-                (parameter, trained if parameter.requires_grad else Kind.WEIGHTS, name)
-                for name, parameter in model.named_parameters()
-            )
-            self._label(
-                (tensor, Kind.WEIGHTS, name)
-                for name, parameter in model.named_parameters()
-                for tensor in _quant_tensors(parameter)
-            )
-            self._label(
-                (buffer, Kind.WEIGHTS, holder_of(name)) for name, buffer in model.named_buffers()
-            )
+            self._label(labels.weights(model))
 
         def update() -> None:
-            self._label(
-                (parameter.grad, Kind.GRADIENTS, name)
-                for name, parameter in model.named_parameters()
-            )
+            self._label(labels.gradients(model))
 
         watch.on_ready.append(ready)
         watch.before_update.append(update)
@@ -139,12 +125,7 @@ class HistoryTap:
         if number <= KEPT_STEPS:
             self.kept_to = self._count()
             inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-            self._label(
-                (value, Kind.OPTIMIZER, self.names[id(parameter)])
-                for parameter, state in inner.state.items()
-                for key, value in state.items()
-                if torch.is_tensor(value) and not key.startswith("qmap")  # shared by all
-            )
+            self._label(labels.optimizer_state(inner, self.names))
         if number == KEPT_STEPS:
             self.phase = "over"
 
@@ -182,90 +163,55 @@ class HistoryTap:
         return Timeline((Section(tuple(blocks.finish())),)), blocks.segments
 
 
-class _Blocks:
+class _Blocks(Blocks):
     """Turns trace entries into events; kinds become known only later, so events come last."""
 
     def __init__(self, tap: HistoryTap) -> None:
+        super().__init__(tap.base, tap.marks, tap.labels, tap.round_size)
         self.tap = tap
-        self.count = tap.base
-        self.at = [mark[0] for mark in tap.marks]
-        self.labels = list(tap.labels)
-        self.live: dict[int, int] = {}  # address -> block
-        self.order: list[tuple[int, int]] = []  # (block, +nbytes or -nbytes), in the run's order
-        self.made: dict[int, tuple[int, dict[str, Any]]] = {}  # block -> (number, trace entry)
-        self.gone: dict[int, int] = {}  # block -> allocations made when it was freed
-        self.known: dict[int, tuple[Kind, str]] = {}
         self.cut: int | None = None
         self.segments: list[tuple[int, int]] = []  # (events before it, + or - its bytes)
 
-    def see(self, entry: dict[str, Any]) -> None:
+    def see(self, entry: Mapping[str, Any]) -> int:
         """One entry of the allocator's trace."""
-        action, address = entry["action"], entry["addr"]
-        if action == "alloc":
-            self._label(self.count)
-            self.count += 1
-            if self.cut is None and self.count > self.tap.kept_to:
-                self.cut = len(self.order)
-            block = self.count
-            self.live[address] = block
-            self.made[block] = (self.count, entry)
-            self.order.append((block, self.tap.round_size(entry["size"])))
-        elif action in SEGMENT_ACTIONS and self.cut is None:
+        action = entry["action"]
+        if action == "alloc" and self.cut is None and self.count >= self.tap.kept_to:
+            self.cut = len(self.order)
+        if action in SEGMENT_ACTIONS and self.cut is None:
             self.segments.append((len(self.order), SEGMENT_ACTIONS[action] * entry["size"]))
-        elif action == "free_completed":
-            self._label(self.count)
-            block = self.live.pop(address, 0)
-            if block:
-                self.gone[block] = self.count
-                self.order.append((block, -self.tap.round_size(self.made[block][1]["size"])))
-                if self.count >= self.tap.stopped_at and block < self.tap.kept_to:
-                    self.known[block] = (Kind.WORKSPACE, "cublas")
-
-    def _label(self, count: int) -> None:
-        while self.labels and self.labels[0][0] <= count:
-            _, places = self.labels.pop(0)
-            for address, meaning in places.items():
-                if address in self.live:
-                    self.known.setdefault(self.live[address], meaning)
+        block = super().see(entry)
+        if block in self.gone and self.count >= self.tap.stopped_at and block < self.tap.kept_to:
+            self.known[block] = (Kind.WORKSPACE, "cublas")
+        return block
 
     def finish(self) -> Iterable[Event]:
         """Every event up to the cut."""
-        self._label(self.count)
+        self.settle()
         meanings = {block: self._meaning(block) for block in self.made}
         kept = self.order[: self.cut]
         for block, nbytes in kept:
             kind, owner, phase, end_phase = meanings[block]
             yield Event(block, nbytes, kind, owner, phase if nbytes > 0 else end_phase)
 
-    def _mark(self, number: int) -> tuple[str, str, bool]:
-        """Phase, owner and whether inside a module's forward, for the allocation of that number."""
-        index = bisect.bisect_left(self.at, number) - 1
-        if index < 0:
-            return "load", "", False
-        _, phase, owner, inside = self.tap.marks[index]
-        return phase, owner, inside
-
     def _meaning(self, block: int) -> tuple[Kind, str, Phase, Phase]:
-        number, entry = self.made[block]
-        phase, owner, inside = self._mark(number)
-        end_phase, _, _ = self._mark(self.gone[block]) if block in self.gone else (phase, "", False)
+        mark = self.mark(block) or Mark(0, "load", "", inside=False)
+        end = self.mark(self.gone[block]) if block in self.gone else mark
         found = self.known.get(block)
-        if found is None and number <= self.tap.ready_at:
-            found = (Kind.WEIGHTS, owner or "load")
+        if found is None and block <= self.tap.ready_at:
+            found = (Kind.WEIGHTS, mark.owner or "load")
         if found is None:
-            found = self._kind(block, phase, owner, inside, entry)
-        return (*found, _phase(phase), _phase(end_phase))
+            found = self._kind(block, mark)
+        return (*found, _phase(mark.phase), _phase(end.phase if end else "load"))
 
-    def _kind(
-        self, block: int, phase: str, owner: str, inside: bool, entry: dict[str, Any]
-    ) -> tuple[Kind, str]:
+    def _kind(self, block: int, mark: Mark) -> Meaning:
+        _, phase, owner, inside = mark
         if phase == "step":
             return Kind.WORKSPACE, "optimizer"
         if phase == "loss" or (phase == "backward" and not owner):
             return Kind.LOGITS, "loss"
         if owner.endswith(HEADS):
             return Kind.LOGITS, owner
-        frames = [f["filename"] + ":" + f["name"] for f in entry.get("frames") or ()]
+        frames = [f["filename"] + ":" + f["name"] for f in self.made[block].get("frames") or ()]
         if any(part in frame for frame in frames[:12] for part in BATCH_FRAMES):
             return Kind.BATCH, "batch"
         if inside and owner == self.tap.decoder:  # positions and masks
@@ -281,28 +227,11 @@ class _Blocks:
         """A weight that bitsandbytes dequantised and let go before the module was through."""
         if not frames or "bitsandbytes" not in frames[0]:
             return False
-        made, gone = self.made[block][0], self.gone.get(block)
-        if gone is None:
-            return False
-        return bisect.bisect_left(self.at, made) == bisect.bisect_right(self.at, gone)
+        gone = self.gone.get(block)
+        return gone is not None and self.between_marks(block, gone)
 
 
 def _phase(name: str) -> Phase:
     if name in PHASES:
         return Phase(name)
     return Phase.PREPARE if name in ("start", "train") else Phase.STEP
-
-
-def _quant_tensors(parameter: Any) -> Iterable[Any]:
-    """The scales of a weight that bitsandbytes quantised."""
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return [value for value in (getattr(parameter, "SCB", None),) if torch.is_tensor(value)]
-    nested = state.state2 if state.nested else None
-    parts = [
-        state.absmax,
-        state.code,
-        state.offset,
-        *((nested.absmax, nested.code) if nested else ()),
-    ]
-    return [part for part in parts if torch.is_tensor(part)]

@@ -22,7 +22,6 @@ from vramplan.units import GIB, format_bytes
 SAMPLE_INTERVAL_S = 0.05
 SENSORS = ("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c")
 FOREIGN_BYTES = GIB  # more than a desktop takes: somebody whom the driver does not name
-LOCK_TIMEOUT_S = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +65,10 @@ class Machine:
                 "with a tiny config and measures no GPU memory"
             ) from None
         self.nvml = pynvml
+
+    def count(self) -> int:
+        """GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
+        return len(self._visible())
 
     def device(self, index: int) -> Device:
         """One GPU.
@@ -164,8 +167,12 @@ def _text(value: str | bytes) -> str:
 
 
 @contextlib.contextmanager
-def locked(name: str) -> Iterator[None]:
+def locked(name: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of one GPU, so that two measurements never share it.
+
+    Args:
+        name: The GPU's UUID, or "cpu".
+        wait: Wait for another measurement to end.
 
     Raises:
         EnvironmentProblem: If another measurement holds it.
@@ -177,7 +184,7 @@ def locked(name: str) -> Iterator[None]:
             "measuring needs more packages: pip install 'vramplan[measure]'"
         ) from None
     path = Path(tempfile.gettempdir()) / f"vramplan-{name}.lock"
-    lock = FileLock(path, timeout=LOCK_TIMEOUT_S, mode=0o666)
+    lock = FileLock(path, timeout=-1 if wait else 0, mode=0o666)
     try:
         lock.acquire()
     except Timeout:

@@ -19,11 +19,12 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from vramplan.evaluate import num_samples
 from vramplan.job import Job
 from vramplan.measure.build import RandomTokens, build_model, load_checkpoint, prepare
+from vramplan.measure.gauge import Gauge, PhaseBook
 from vramplan.measure.history import HistoryTap
 from vramplan.measure.paging import PagingTap, PagingUnavailableError, guard_managed_memory
 from vramplan.measure.rates import measure_rates
 from vramplan.measure.spec import RunSpec
-from vramplan.measure.watch import Gauge, PhaseBook, StepWatch
+from vramplan.measure.watch import StepWatch
 from vramplan.optimizers import PAGED_MIN_NUMEL
 
 _CPU_REQUEST = re.compile(r"you tried to allocate (\d+) bytes")

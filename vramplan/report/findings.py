@@ -126,11 +126,8 @@ def growth_name(growth: Growth) -> str:
 
 
 def _named(kind: str, module: str) -> str:
-    return (
-        f"{printable(kind).replace('_', ' ')} of {printable(module)}"
-        if kind
-        else (printable(module))
-    )
+    """Kind, module, or both: what regions of a test hold need not be a module's."""
+    return " of ".join(filter(None, (printable(kind).replace("_", " "), printable(module))))
 
 
 def largest(check: Check) -> tuple[Sequence[Growth], Growth | None]:
@@ -160,9 +157,11 @@ def culprit(grown: Iterable[Growth]) -> str:
     modules = [name for name, size in inside.items() if size >= whole]
     owners = {growth.owner for growth in found}
     module = max(modules, key=lambda name: name.count("."), default="")
+    kind = next((name for name, size in kinds.items() if size >= whole), "")
+    if not module and inside.get("", 0) >= whole:
+        return _named(kind, "")
     if not module or ("." not in module and module not in owners):  # the whole model is no culprit
         return ""
-    kind = next((name for name, size in kinds.items() if size >= whole), "")
     return _named(kind, module)
 
 
