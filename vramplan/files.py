@@ -6,8 +6,10 @@ import contextlib
 import datetime
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,90 @@ def write_whole(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise EnvironmentProblem(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_all(contents: Mapping[Path, bytes | None]) -> None:
+    """Replace or remove several files: all of them, or none.
+
+    Args:
+        contents: What each file shall hold; None to remove it.
+
+    Raises:
+        EnvironmentProblem: If one cannot be written; all are as they were.
+
+    Known limitations:
+        A process that is killed (not interrupted) between two files leaves the first new and the
+        second old; each of them whole.
+    """
+    new = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in contents}
+    old = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in contents}
+    begun: list[Path] = []
+    try:
+        for path, data in contents.items():  # what needs room on the disk comes first
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                shutil.copy2(path, old[path])
+            if data is not None:
+                new[path].write_bytes(data)
+        for path, data in contents.items():
+            begun.append(path)
+            if data is None:
+                path.unlink(missing_ok=True)
+            else:
+                new[path].replace(path)
+    except OSError as error:
+        _put_back(begun, old)
+        where = error.filename or next(iter(contents)).parent
+        raise EnvironmentProblem(
+            f"cannot write {where}: {error.strerror or error}; nothing was changed"
+        ) from None
+    except BaseException:
+        _put_back(begun, old)
+        raise
+    finally:
+        for path in (*new.values(), *old.values()):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _put_back(paths: list[Path], copies: Mapping[Path, Path]) -> None:
+    """Undo what was done to some files; renaming needs no room."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if copies[path].exists():
+                copies[path].replace(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes of ours from changing a folder at the same time; they wait.
+
+    Args:
+        folder: It is made if it is not there.
+
+    Raises:
+        EnvironmentProblem: If it cannot be made or held.
+    """
+    try:
+        import fcntl  # noqa: PLC0415 - Windows has none, and no folders that can be locked
+    except ImportError:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot use {folder}: {error.strerror or error}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot lock {folder}: {error.strerror or error}") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def provenance() -> dict[str, Any]:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vramplan.errors import RecordError
 from vramplan.files import write_text
+from vramplan.units import MAX_BYTES
 
 SCHEMA_VERSION = 1
 MAX_RECORD_BYTES = 16 * 1024**2
 
+Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
 Status = Literal["done", "oom", "error", "killed", "timeout", "skipped"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
 
 class Card(_Part):
@@ -40,8 +42,8 @@ class Card(_Part):
     name: str | None = None
     slug: str | None = None
     driver: str | None = None
-    total_bytes: int | None = None
-    nvml_total_bytes: int | None = None
+    total_bytes: Bytes | None = None
+    nvml_total_bytes: Bytes | None = None
     compute_capability: str | None = None
 
 
@@ -67,7 +69,7 @@ class Conditions(_Part):
 
     device: str = "cuda"
     num_steps: int = 0
-    limit_bytes: int | None = None
+    limit_bytes: Bytes | None = None
     emulated_gpu: str | None = None
     weights: str = "random"
     evaluate: bool = False
@@ -92,7 +94,7 @@ class OutOfMemory(_Part):
     """
 
     phase: str
-    requested_bytes: int | None = None
+    requested_bytes: Bytes | None = None
     module: str | None = None
     where: str | None = None
 
@@ -100,18 +102,18 @@ class OutOfMemory(_Part):
 class PhasePeak(_Part):
     """The fullest moment of one phase over all steps after the first (or of a one-time phase)."""
 
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
+    peak_allocated_bytes: Bytes | None = None
+    peak_reserved_bytes: Bytes | None = None
 
 
 class Step(_Part):
     """One optimizer step: its peaks, and its time between CUDA events."""
 
     time_s: float | None = None
-    begin_allocated_bytes: int | None = None
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
-    peak_requested_bytes: int | None = None
+    begin_allocated_bytes: Bytes | None = None
+    peak_allocated_bytes: Bytes | None = None
+    peak_reserved_bytes: Bytes | None = None
+    peak_requested_bytes: Bytes | None = None
     num_alloc_retries: int | None = None
     num_ooms: int | None = None
     major_faults: int | None = None
@@ -142,9 +144,9 @@ class Sampling(_Part):
 
     interval_s: float
     count: int
-    process_peak_bytes: int | None = None
-    card_peak_bytes: int | None = None
-    card_before_bytes: int | None = None
+    process_peak_bytes: Bytes | None = None
+    card_peak_bytes: Bytes | None = None
+    card_before_bytes: Bytes | None = None
     sm_clock_mhz: Spread | None = None
     memory_clock_mhz: Spread | None = None
     power_w: Spread | None = None
@@ -162,9 +164,9 @@ class LimitSearch(_Part):
         tries: Every limit tried, in order, with the run's status.
     """
 
-    smallest_running_bytes: int
-    largest_failing_bytes: int | None = None
-    resolution_bytes: int
+    smallest_running_bytes: Bytes
+    largest_failing_bytes: Bytes | None = None
+    resolution_bytes: Bytes
     tries: list[tuple[int, str]] = Field(default_factory=list)
 
 
@@ -183,8 +185,8 @@ class PagingWindow(_Part):
     """
 
     window: str
-    host_to_device_bytes: dict[str, int] = Field(default_factory=dict)
-    device_to_host_bytes: dict[str, int] = Field(default_factory=dict)
+    host_to_device_bytes: dict[str, Bytes] = Field(default_factory=dict)
+    device_to_host_bytes: dict[str, Bytes] = Field(default_factory=dict)
     gpu_fault_groups: int = 0
     cpu_faults: int = 0
     thrashing: int = 0
@@ -204,7 +206,7 @@ class Paging(_Part):
 
     measured: bool
     reason: str | None = None
-    canary_bytes: int | None = None
+    canary_bytes: Bytes | None = None
     windows: list[PagingWindow] = Field(default_factory=list)
 
 
@@ -272,31 +274,31 @@ class Record(_Part):
     phase: str | None = None
     error: str | None = None
     oom: OutOfMemory | None = None
-    context_bytes: int | None = None
-    after_load_bytes: int | None = None
-    load_peak_bytes: int | None = None
-    ready_bytes: int | None = None
-    first_step_peak_allocated_bytes: int | None = None
-    first_step_peak_reserved_bytes: int | None = None
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
-    peak_requested_bytes: int | None = None
-    reserved_at_end_bytes: int | None = None
-    device_used_at_end_bytes: int | None = None
+    context_bytes: Bytes | None = None
+    after_load_bytes: Bytes | None = None
+    load_peak_bytes: Bytes | None = None
+    ready_bytes: Bytes | None = None
+    first_step_peak_allocated_bytes: Bytes | None = None
+    first_step_peak_reserved_bytes: Bytes | None = None
+    peak_allocated_bytes: Bytes | None = None
+    peak_reserved_bytes: Bytes | None = None
+    peak_requested_bytes: Bytes | None = None
+    reserved_at_end_bytes: Bytes | None = None
+    device_used_at_end_bytes: Bytes | None = None
     num_alloc_retries: int | None = None
     num_ooms: int | None = None
     phases: dict[str, PhasePeak] = Field(default_factory=dict)
     steps: list[Step] = Field(default_factory=list)
     step_time_s: Spread | None = None
     tokens_per_s: Spread | None = None
-    host_rss_peak_bytes: int | None = None
-    optimizer_bytes: int | None = None
-    paged_bytes: int | None = None
+    host_rss_peak_bytes: Bytes | None = None
+    optimizer_bytes: Bytes | None = None
+    paged_bytes: Bytes | None = None
     num_paged_tensors: int | None = None
-    unpaged_bytes: int | None = None
+    unpaged_bytes: Bytes | None = None
     num_unpaged_tensors: int | None = None
     num_trainable: int | None = None
-    cublas_workspace_bytes: int | None = None
+    cublas_workspace_bytes: Bytes | None = None
     rates: dict[str, float] | None = None
     limit_search: LimitSearch | None = None
     sampling: Sampling | None = None
@@ -352,9 +354,11 @@ def read_record(path: Path) -> Record:
         RecordError: If it cannot be read, is too large, broken, or of a newer version.
     """
     try:
-        if path.stat().st_size > MAX_RECORD_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_RECORD_BYTES + 1)
+        if len(data) > MAX_RECORD_BYTES:
             raise RecordError(f"{path} is larger than any record ({MAX_RECORD_BYTES} bytes)")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(data.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read as a record: {error}") from None
     return parse_record(document, str(path))

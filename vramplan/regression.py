@@ -14,11 +14,14 @@ from typing import Literal, NamedTuple
 
 from vramplan.errors import UnknownNameError, UsageError
 from vramplan.names import any_layer
-from vramplan.units import parse_size
+from vramplan.units import MIB, parse_size
 
 Outcome = Literal["same", "better", "worse", "not judged"]
 
 MIN_REPEATS = 3  # fewer do not tell a slower program from a slower moment
+LEAKS = frozenset(("leaked", "per_step"))
+NEVER_FAILS = "never fails"
+OUTSIDE_TRAINING = ("load", "prepare", "evaluate", "save")  # phases that "allocated" leaves out
 
 
 class Threshold(NamedTuple):
@@ -56,14 +59,14 @@ class Metric(NamedTuple):
 
 
 # Allocated memory was equal to the byte in every repeat that was measured, reserved memory within
-# 0.4 %; what the driver adds comes in steps of some MiB.
+# 0.4 %; what the driver adds comes in steps of some MiB, and limits are searched in such of 32 MiB.
 METRICS: Mapping[str, Metric] = {
     "load": Metric("load peak", Threshold(0.01)),
     "ready": Metric("ready to train", Threshold(0.005)),
     "allocated": Metric("peak allocated", Threshold(0.005)),
     "reserved": Metric("peak reserved", Threshold(0.03)),
     "device": Metric("device peak", Threshold(0.05)),
-    "min_limit": Metric("smallest limit", Threshold(0.03)),
+    "min_limit": Metric("smallest limit", Threshold(0.03, 32 * MIB)),
     "evaluate": Metric("evaluation peak", Threshold(0.005)),
     "save": Metric("saving peak", Threshold(0.005)),
     "leaked": Metric("held after", Threshold(0.001), relative_to="allocated"),
@@ -72,7 +75,7 @@ METRICS: Mapping[str, Metric] = {
     "paging": Metric("moved by paging", Threshold(0.05)),
     "host_ram": Metric("host RAM", None),
     "tokens_per_s": Metric("tokens/s", Threshold(0.10), timed=True, higher_is_better=True),
-    "seconds": Metric("time, s", Threshold(0.10), timed=True),
+    "seconds": Metric("time", Threshold(0.10), timed=True),
 }
 
 _SHARE = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)\s*%")
@@ -149,7 +152,8 @@ class Measurement:
         phases: Phase -> peak allocated bytes in it.
         peak: What every module held at the fullest moment; empty where it was not recorded.
         ready: What every module held when training was about to start; as above.
-        left: What the region left behind; as above.
+        left: What the region, or a step of it, left behind; empty too where nothing was.
+        moments: Phase -> what every module held at the fullest moment of it; as ``peak``.
         where: GPU, limit, allocator settings: must be equal for figures to be comparable.
         versions: Versions of everything that decides the figures, and fields of the job.
         failed: How it ended if it did not end well: "out of memory in backward".
@@ -163,6 +167,7 @@ class Measurement:
     peak: Holdings = field(default_factory=dict)
     ready: Holdings = field(default_factory=dict)
     left: Holdings = field(default_factory=dict)
+    moments: Mapping[str, Holdings] = field(default_factory=dict)
     where: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     failed: str = ""
@@ -205,9 +210,11 @@ class Check:
         changes: Figure by figure; those that neither side has are left out.
         grown: Modules and kinds that hold more, the largest first.
         versions: What -> (then, now), where they differ.
-        phase: The phase that grew most, of those that had been there.
+        phase: The fullest phase, if the peak is worse; else the one that grew most; none for a
+            leak.
         refused: Why nothing was compared; empty if it was.
         failed: A run that used to end well and ran out of memory, in words.
+        mended: How the baseline ran out of memory, where this run did not, in words.
     """
 
     name: str
@@ -217,6 +224,7 @@ class Check:
     phase: str = ""
     refused: str = ""
     failed: str = ""
+    mended: str = ""
 
     @property
     def outcome(self) -> Outcome:
@@ -226,7 +234,7 @@ class Check:
         found = {change.outcome for change in self.changes}
         if self.failed or "worse" in found:
             return "worse"
-        return "better" if "better" in found else "same"
+        return "better" if self.mended or "better" in found else "same"
 
 
 def check(
@@ -248,20 +256,25 @@ def check(
         if found.failed and not found.oom:
             return Check(current.name, versions=versions, refused=f"{side} failed: {found.failed}")
     failed = current.failed if current.oom and not baseline.oom else ""
+    mended = baseline.failed if baseline.oom and not current.oom else ""
     changes = tuple(
         _change(name, current, baseline, allowed.get(name))
         for name, metric in METRICS.items()
         if any(name in (side.repeats if metric.timed else side.figures)
                for side in (current, baseline))
     )  # fmt: skip
+    if not (failed or mended) and all(change.outcome == "not judged" for change in changes):
+        return Check(current.name, changes, versions=versions, refused="no figure that both have")
     worse = {change.metric for change in changes if change.outcome == "worse"}
+    phase = _phase(current, baseline, worse) if worse else ""
     return Check(
         current.name,
         changes,
-        _grown(current, baseline, worse),
+        _grown(current, baseline, worse, phase) if worse or failed else (),
         versions,
-        _phase(current, baseline) if worse else "",
+        phase,
         failed=failed,
+        mended=mended,
     )
 
 
@@ -279,10 +292,10 @@ def _change(
         return _timed_change(name, current, baseline, threshold)
     before, after = baseline.figures.get(name), current.figures.get(name)
     if before is None or after is None:
-        side = "baseline" if before is None else "this run"
-        return Change(name, before, after, None, "not judged", f"not measured in the {side}")
+        side = "the baseline" if before is None else "this run"
+        return Change(name, before, after, None, "not judged", f"not measured in {side}")
     if threshold is None:
-        return Change(name, before, after, None, "not judged", "never fails")
+        return Change(name, before, after, None, "not judged", NEVER_FAILS)
     base = baseline.figures.get(metric.relative_to, 0) if metric.relative_to else before
     return Change(name, before, after, threshold.allowed(base), _outcome(
         after - before, threshold.allowed(base)
@@ -304,7 +317,7 @@ def _timed_change(
         why = f"{len(then)} and {len(now)} repeats; {MIN_REPEATS} each tell a difference"
         return Change(name, before, after, None, "not judged", why)
     if threshold is None:
-        return Change(name, before, after, None, "not judged", "never fails")
+        return Change(name, before, after, None, "not judged", NEVER_FAILS)
     sign = -1 if METRICS[name].higher_is_better else 1
     allowed = threshold.allowed(before)
     outcome = _outcome(sign * (after - before), allowed)
@@ -321,7 +334,12 @@ def _median(values: tuple[float, ...]) -> float | None:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def _phase(current: Measurement, baseline: Measurement) -> str:
+def _phase(current: Measurement, baseline: Measurement, worse: set[str]) -> str:
+    if worse & LEAKS:  # they fill every phase
+        return ""
+    training = {n: size for n, size in current.phases.items() if n not in OUTSIDE_TRAINING}
+    if "allocated" in worse and training:
+        return max(training, key=lambda name: training[name])
     grown = {
         name: size - baseline.phases[name]
         for name, size in current.phases.items()
@@ -330,25 +348,31 @@ def _phase(current: Measurement, baseline: Measurement) -> str:
     return max(grown, key=lambda name: grown[name], default="")
 
 
-def _grown(current: Measurement, baseline: Measurement, worse: set[str]) -> tuple[Growth, ...]:
+def _grown(
+    current: Measurement, baseline: Measurement, worse: set[str], phase: str
+) -> tuple[Growth, ...]:
     """Growth at the moment that the worst figure is about."""
-    if "leaked" in worse and (current.left or baseline.left):
+    if worse & LEAKS and current.left:
         return growth(current.left, baseline.left)
-    if worse & {"load", "ready"} and "allocated" not in worse:
-        return growth(current.ready, baseline.ready)
-    return growth(current.peak, baseline.peak)
+    moments = [
+        (current.moments.get(phase, {}), baseline.moments.get(phase, {})),
+        (current.peak, baseline.peak),
+        (current.ready, baseline.ready),
+    ]
+    if "ready" in worse and "allocated" not in worse:
+        moments.reverse()
+    found = (growth(after, before) for after, before in moments if after and before)
+    return next(filter(None, found), ())
 
 
 def growth(after: Holdings, before: Holdings) -> tuple[Growth, ...]:
-    """Which modules hold more of which kind; empty if a side was not recorded.
+    """Which modules hold more of which kind.
 
     Layers that changed by the same number of bytes are told together.
 
     Returns:
         The largest growth first; what shrank is left out.
     """
-    if not after or not before:
-        return ()
     alike: dict[tuple[str, str, int], list[tuple[str, int, int]]] = {}
     for kind, owner in dict.fromkeys((*after, *before)):
         was, now = before.get((kind, owner), 0), after.get((kind, owner), 0)
@@ -373,3 +397,26 @@ def worst(checks: Iterable[Check]) -> Outcome:
     found = {check.outcome for check in checks}
     order: tuple[Outcome, ...] = ("worse", "not judged", "better", "same")
     return next((outcome for outcome in order if outcome in found), "same")
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Everything that was compared.
+
+    Attributes:
+        checks: One for each measurement that both sides have.
+        missing: Names that only the baseline has.
+        new: Names that only the current side has.
+    """
+
+    checks: tuple[Check, ...] = ()
+    missing: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+
+    @property
+    def outcome(self) -> Outcome:
+        """Worse if one is; else not judged if one could not be compared, or none was."""
+        found = worst(self.checks)
+        if found != "worse" and (self.missing or not self.checks):
+            return "not judged"
+        return found

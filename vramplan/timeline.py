@@ -280,5 +280,5 @@ def timeline_from_document(document: Mapping[str, Any], where: str) -> Timeline:
                 for section in document["sections"]
             )
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise RecordError(f"{where} is not a usable timeline: {error!r}") from None

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from vramplan.cli.measured import read_timeline
+from vramplan.evidence import read_timeline
 from vramplan.measure.machine import locked
 from vramplan.record import Record, read_record
 

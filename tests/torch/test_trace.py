@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import vramplan.cli
 from vramplan.catalogue import find_model, model_from_config
-from vramplan.cli.measured import read_timeline
 from vramplan.errors import ConfigError
 from vramplan.estimate import estimate
+from vramplan.evidence import read_timeline
 from vramplan.job import Job
 from vramplan.resources import profiles_dir
 from vramplan.terms import compare

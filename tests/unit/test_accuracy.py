@@ -14,8 +14,9 @@ from vramplan import foretold
 from vramplan.accuracy import rows
 from vramplan.accuracy_tables import accuracy_page, beforehand, repeats, summary
 from vramplan.cli.accuracy import FORMS, form
-from vramplan.cli.measured import print_run, read_timeline
+from vramplan.cli.measured import print_run
 from vramplan.errors import RecordError
+from vramplan.evidence import read_timeline
 from vramplan.ratchet import read_errors, worse
 from vramplan.record import read_record
 from vramplan.report.page import Page, Table, table_to_markdown, to_html, to_markdown

@@ -13,8 +13,8 @@ import pytest
 
 from vramplan.alloc_conf import SMALL_SIZE
 from vramplan.catalogue import model_from_config
-from vramplan.cli.measured import read_timeline
 from vramplan.estimate import estimate
+from vramplan.evidence import read_timeline
 from vramplan.job import Job
 from vramplan.replay import unroll
 from vramplan.resources import profiles_dir

@@ -45,6 +45,7 @@ COMMANDS = {
     "measure": "measure",
     "calibrate": "calibrate",
     "compare": "compare",
+    "check": "check",
     "accuracy": "accuracy",
     "gpus": "catalogues",
     "models": "catalogues",

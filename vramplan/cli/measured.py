@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,13 @@ from rich.text import Text
 
 from vramplan.accuracy import figures, predicted
 from vramplan.cli import output
-from vramplan.errors import RecordError
+from vramplan.evidence import read_timeline
 from vramplan.record import Paging, Record, Spread
 from vramplan.terms import compare
-from vramplan.timeline import Timeline, timeline_from_document
+from vramplan.timeline import Timeline
 from vramplan.units import format_bytes, format_rate, format_seconds
 
 SCHEMA_VERSION = 1
-MAX_TIMELINE_BYTES = 512 * 1024**2
 MAX_TERMS = 30
 STATUS_STYLES = {"done": "green", "oom": "red", "skipped": "yellow"}
 
@@ -244,22 +241,6 @@ def _known(size: int | None) -> str:
 
 
 # -- term by term ----------------------------------------------------------------------------------
-
-
-def read_timeline(path: Path) -> Timeline:
-    """A recorded timeline.
-
-    Raises:
-        RecordError: If it is missing, broken or too large.
-    """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            text = file.read(MAX_TIMELINE_BYTES + 1)
-        if len(text) > MAX_TIMELINE_BYTES:
-            raise RecordError(f"{path} is larger than any timeline")
-        return timeline_from_document(json.loads(text), str(path))
-    except (OSError, EOFError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path} cannot be read as a timeline: {error}") from None
 
 
 def print_terms(out: Console, record: Record, path: Path) -> None:
