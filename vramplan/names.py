@@ -1,9 +1,10 @@
-"""Names of owners, the same in measured histories, traces and estimates."""
+"""Names of owners, the same in measured histories, traces and estimates; and names of others."""
 
 from __future__ import annotations
 
 import re
 
+MAX_NAME = 160
 HEADS = ("lm_head", "embed_out")
 
 
@@ -25,3 +26,15 @@ def holder_of(name: str) -> str:
 def any_layer(owner: str) -> str:
     """The owner in any layer: ``model.layers.0.mlp`` becomes ``model.layers.*.mlp``."""
     return ".".join("*" if part.isdigit() else part for part in owner.split("."))
+
+
+def printable(text: str, limit: int = MAX_NAME) -> str:
+    """Text of others as one harmless line: no control characters, no endless names.
+
+    Args:
+        text: Anything.
+        limit: Most characters.
+    """
+    known = text[: limit + 1]
+    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in known)
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"

@@ -38,6 +38,7 @@ def _root(
     """Options of vramplan itself."""
 
 
+MAX_ERROR = 2000  # characters; an error may name what a hostile file holds
 COMMANDS = {
     "fit": "fit",
     "estimate": "estimate",
@@ -66,7 +67,9 @@ def main() -> None:
     try:
         app()
     except VramplanError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from vramplan.names import printable  # noqa: PLC0415 - most calls need it not
+
+        print(f"error: {printable(str(error), MAX_ERROR)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

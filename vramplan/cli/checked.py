@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from vramplan.cli import output
+from vramplan.names import printable
 from vramplan.regression import Change, Check, Checked, Outcome
 from vramplan.report import findings as f
 from vramplan.units import format_bytes
@@ -33,8 +36,8 @@ def print_checked(out: Console, checked: Checked) -> None:
                 _print_one(out, check, spaced=not single)
         elif outcome != "same":
             _print_list(out, WORDS[outcome][0], map(f.headline, checks))
-    _print_list(out, "Missing", map(f.printable, checked.missing))
-    _print_list(out, "New", map(f.printable, checked.new))
+    _print_list(out, "Missing", map(printable, checked.missing))
+    _print_list(out, "New", map(printable, checked.new))
 
 
 def _print_one(out: Console, check: Check, *, spaced: bool) -> None:
@@ -98,3 +101,15 @@ def _print_list(out: Console, title: str, texts: Iterable[str]) -> None:
         out.print(Text(text), soft_wrap=True)
     if len(found) > MAX_LISTED:
         out.print(Text(f"and {len(found) - MAX_LISTED} more", style="dim"))
+
+
+def print_accepted(fates: Mapping[str, str], baseline: Path) -> None:
+    """What became of the baseline, on stderr: the comparison alone is the output."""
+    for name, fate in fates.items():
+        if fate != "unchanged":
+            print(f"{fate}: {printable(name)}", file=sys.stderr)
+    same = sum(fate == "unchanged" for fate in fates.values())
+    print(
+        f"{baseline} is the new baseline" + (f"; {same} unchanged" if same else ""),
+        file=sys.stderr,
+    )

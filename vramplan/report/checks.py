@@ -6,11 +6,11 @@ comes from records is escaped for each of them.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from vramplan.names import printable
 from vramplan.regression import Check, Checked
 from vramplan.report import findings as f
 from vramplan.units import format_bytes
@@ -70,7 +70,7 @@ def _check_document(check: Check) -> dict[str, Any]:
 def to_markdown(checked: Checked) -> str:
     """A comment for a pull request: one line, a table of what changed, the details folded."""
     sign = SIGNS[checked.outcome]
-    lines = [f"{sign} **vramplan check:** {f.summary(checked)}", ""]
+    lines = [f"{sign} **vramplan check:** {prose(f.summary(checked))}", ""]
     shown = [c for checks in f.by_outcome(checked.checks).values() for c in checks]
     lines += _markdown_table(shown)
     for title, names in (("Missing", checked.missing), ("New", checked.new)):
@@ -79,7 +79,8 @@ def to_markdown(checked: Checked) -> str:
             lines += [f"{title}: {', '.join(map(code, names[:MAX_ROWS]))}{more}", ""]
     detailed = [check for check in shown if check.outcome != "same"]
     for check in detailed[:MAX_DETAILS]:
-        lines += _markdown_details(check)
+        title = f"{SIGNS[check.outcome]} {f.headline(check)}" if len(shown) > 1 else "Details"
+        lines += _markdown_details(check, prose(title))
     if len(detailed) > MAX_DETAILS:
         lines += [f"{len(detailed) - MAX_DETAILS} more are not shown.", ""]
     return "\n".join(lines)
@@ -87,7 +88,7 @@ def to_markdown(checked: Checked) -> str:
 
 def code(text: str) -> str:
     """Text of others, as it is, for any place in Markdown."""
-    clean = f.printable(text)
+    clean = printable(text)
     if clean.strip() and not set("`|\\") & set(clean):
         return f"`{clean}`"
     special = "".join(c if c.isalnum() or c in " .,-/" else f"&#{ord(c)};" for c in clean)
@@ -95,11 +96,10 @@ def code(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A sentence with names of others in it: nothing of it is markup, a mention or a link."""
-    return "".join(
-        f"&#{ord(c)};" if c in "&<>|`*_[]\\~@#!$:" and not (c == ":" and after == " ") else c
-        for c, after in zip(text, f"{text[1:]} ", strict=True)
-    )
+    """A sentence with names of others in it: nothing of it is markup, a link, or calls anybody."""
+    calls = {c: f"{c}&#8203;" for c in "@#"}  # a space of no width; GitHub reads decoded text
+    markup = {c: f"&#{ord(c)};" for c in "&<|`*_[]\\~$"}
+    return "".join((calls | markup).get(c, c) for c in text).replace("://", "&#58;//")
 
 
 def _markdown_table(checks: Sequence[Check]) -> Iterator[str]:
@@ -118,9 +118,9 @@ def _markdown_table(checks: Sequence[Check]) -> Iterator[str]:
     yield ""
 
 
-def _markdown_details(check: Check) -> Iterator[str]:
+def _markdown_details(check: Check, title: str) -> Iterator[str]:
     yield "<details>"
-    yield f"<summary>{SIGNS[check.outcome]} {html.escape(f.headline(check))}</summary>"
+    yield f"<summary>{title}</summary>"
     yield ""
     if blame := f.culprit(check.grown):
         yield f"Most of it: {code(blame)}"
@@ -163,9 +163,16 @@ def to_junit(checked: Checked) -> str:
         "skipped": len(checked.new),
     }
     told = " ".join(f'{name}="{count}"' for name, count in counts.items())
-    lines = ['<?xml version="1.0" encoding="UTF-8"?>', f'<testsuites name="vramplan" {told}>',
-             f'<testsuite name="vramplan check" {told}>', *cases, "</testsuite>", "</testsuites>"]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return "\n".join(
+        (
+            '<?xml version="1.0" encoding="UTF-8"?>',
+            f'<testsuites name="vramplan" {told}>',
+            f'<testsuite name="vramplan check" {told}>',
+            *cases,
+            "</testsuite>",
+            "</testsuites>\n",
+        )
+    )
 
 
 def _junit_case(check: Check) -> str:
@@ -179,7 +186,7 @@ def _junit_case(check: Check) -> str:
 def _case(name: str, element: str, message: str, text: str) -> str:
     attribute = f" message={quoteattr(_xml(message))}" if message else ""
     return (
-        f'<testcase classname="vramplan.check" name={quoteattr(_xml(f.printable(name)))}>'
+        f'<testcase classname="vramplan.check" name={quoteattr(_xml(printable(name)))}>'
         f"<{element}{attribute}>{escape(_xml(text))}</{element}></testcase>"
     )
 
@@ -201,10 +208,11 @@ def to_github(checked: Checked) -> str:
             found += [("error", title, f.lines(check)) for check in checks]
         elif outcome == "better":
             found += [("notice", "Better", f.lines(check)) for check in checks]
-    found += [("error", "Missing", [f"{f.printable(n)}: {NOT_COMPARED}"]) for n in checked.missing]
-    found += [("notice", "New", [f"{f.printable(n)} has no baseline yet"]) for n in checked.new]
-    level = "notice" if checked.outcome in ("same", "better") else "error"
-    found.append((level, "vramplan check", [f.summary(checked)]))
+    found += [("error", "Missing", [f"{printable(n)}: {NOT_COMPARED}"]) for n in checked.missing]
+    found += [("notice", "New", [f"{printable(n)} has no baseline yet"]) for n in checked.new]
+    if len(found) != 1:
+        level = "notice" if checked.outcome in ("same", "better") else "error"
+        found.append((level, "vramplan check", [f.summary(checked)]))
     return "".join(
         f"::{level} title={_property(title)}::{_message(chr(10).join(lines))}\n"
         for level, title, lines in found

@@ -7,29 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from vramplan.names import printable
 from vramplan.regression import LEAKS, METRICS, NEVER_FAILS, Change, Check, Checked, Growth, Outcome
 from vramplan.units import GIB, MIB, format_bytes, format_seconds
 
-MAX_NAME = 160
 MAX_OWNERS = 5
 MAX_VERSIONS = 8
 MOST = 0.9  # of the growth, for one module to answer for it
 FIRST = ("per_step", "leaked", "allocated", "min_limit", "ready", "load")  # what explains the rest
 ORDER: tuple[Outcome, ...] = ("worse", "not judged", "better", "same")
 FIGURE_HEADINGS = ("figure", "baseline", "now", "change", "allowed", "")
-
-
-def printable(text: str, limit: int = MAX_NAME) -> str:
-    """Text of others as one harmless line: no control characters, no endless names.
-
-    Args:
-        text: Anything.
-        limit: Most characters.
-    """
-    clean = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: limit + 1]
-    )
-    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
 def amount(metric: str, value: float | None) -> str:
@@ -77,7 +64,7 @@ def by_outcome(checks: Iterable[Check]) -> dict[Outcome, list[Check]]:
 
 
 def summary(checked: Checked) -> str:
-    """How many of what, or the one answer: ``1 of 12 measurements is worse, 11 are as they were.``."""
+    """The one answer, or how many of what: ``Of 12 measurements 1 is worse, 1 is missing.``."""
     checks, whole = checked.checks, sum(map(len, (checked.checks, checked.missing, checked.new)))
     if len(checks) == whole == 1:
         return headline(checks[0])
@@ -87,7 +74,8 @@ def summary(checked: Checked) -> str:
     counts = [(len(found[outcome]), words[outcome]) for outcome in found]
     counts += [(len(checked.missing), "missing"), (len(checked.new), "new")]
     texts = [f"{n} {'is' if n == 1 else 'are'} {word}" for n, word in counts if n]
-    return f"of {whole} measurements {', '.join(texts)}."
+    plural = "" if whole == 1 else "s"
+    return f"Of {whole} measurement{plural} {', '.join(texts)}."
 
 
 def headline(check: Check) -> str:
@@ -104,12 +92,11 @@ def headline(check: Check) -> str:
         return f"{name} is as it was{_whole(check)}."
     metric = METRICS[change.metric]
     words = ("is slower", "is faster") if metric.timed else ("needs more", "needs less")
+    before, after = amount(change.metric, change.before), amount(change.metric, change.after)
     phase = f" in {printable(check.phase)}" if check.phase and not metric.timed else ""
     by = f", {difference(change)}" if change.before else ""
-    return (
-        f"{name} {words[check.outcome == 'better']}: {metric.title} "
-        f"{amount(change.metric, change.before)} -> {amount(change.metric, change.after)}{by}{phase}."
-    )
+    word = words[check.outcome == "better"]
+    return f"{name} {word}: {metric.title} {before} -> {after}{by}{phase}."
 
 
 def moment(check: Check) -> str:
