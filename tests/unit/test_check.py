@@ -70,6 +70,12 @@ Not judged: tokens/s, time (1 and 1 repeats; 3 each tell a difference)."""
     )
 
 
+def test_the_readme_shows_it(tmp_path: Path, base: Path) -> None:
+    told = text_of(tmp_path, base, planted.extra_logits())
+    readme = (RUNS.parents[3] / "README.md").read_text(encoding="utf-8")
+    assert f"$ vramplan check now baselines\n{told}\n```" in readme
+
+
 def test_one_layer_that_keeps_its_activations(tmp_path: Path, base: Path) -> None:
     assert (
         text_of(tmp_path, base, planted.layer_keeps_activations())
