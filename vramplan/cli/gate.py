@@ -5,6 +5,7 @@ A job is traced layer by layer, not folded: a change in one of many equal layers
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -133,6 +134,7 @@ def predict_all(jobs: list[Planned], versions: Mapping[str, str]) -> Iterator[Pr
         for planned in jobs:
             begin(planned.name)
             yield predict_one(planned, versions)
+            gc.collect()  # the command line switches it off, and models are full of circles
 
 
 def predict_one(planned: Planned, versions: Mapping[str, str]) -> Predicted:
