@@ -114,7 +114,7 @@ class Bench:
 
     Args:
         folder: Where they are installed, and kept for the next time.
-        wheels: A folder of wheels instead of the package index.
+        wheels: A folder with wheels, or with folders of them, instead of the package index.
     """
 
     def __init__(self, folder: Path, wheels: Path | None) -> None:
@@ -126,9 +126,12 @@ class Bench:
         done = place / ".complete"
         if not done.exists():
             print(f"installing {', '.join(pins)}", file=sys.stderr)
-            source = ["--no-index", "--find-links", str(self.wheels)] if self.wheels else []
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps",
-                       "--disable-pip-version-check", *source, "--target", str(place), *pins]  # fmt: skip
+            source = ["--no-index"] if self.wheels else []
+            for wheels in [self.wheels, *self.wheels.glob("*/")] if self.wheels else []:
+                source += ["--find-links", str(wheels)]
+            options = "--quiet --upgrade --no-deps --disable-pip-version-check --target"
+            pip = [sys.executable, "-m", "pip", "install", *source, *options.split()]
+            command = [*pip, str(place), *pins]
             if subprocess.run(command, check=False).returncode:  # noqa: S603
                 raise EnvironmentProblem(f"cannot install {', '.join(pins)}")
             done.touch()
@@ -220,7 +223,8 @@ def document(findings: list[Finding]) -> dict[str, Any]:
                 "title": found.pair.title,
                 "source": found.pair.source,
                 "pins": dict(found.pair.pins),
-                "job": found.pair.run | ({"layers": found.pair.layers} if found.pair.layers else {}),
+                "job": found.pair.run,
+                "layers": found.pair.layers,
                 "gate": VERDICTS[found.code],
                 "predicted": {side: dict(p.measurement.figures) for side, p in found.sides.items()},
                 "estimate": {side: dict(p.estimate) for side, p in found.sides.items()},

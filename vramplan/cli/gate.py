@@ -190,10 +190,11 @@ def _measured(prediction: Prediction, limit_bytes: int | None) -> dict[str, Any]
         for key, size in late[steady["end"]].items()
         if size > first.get(key, 0)
     }
+    phases = {name: sum(sizes.values()) for name, sizes in held.items()}
     least = prediction.min_limit_bytes
     told: dict[str, Any] = {
         "figures": {
-            "load": prediction.load_peak_bytes,
+            "load": phases[Phase.LOAD.value],
             "ready": prediction.ready_bytes,
             "allocated": prediction.peak_allocated_bytes,
             "reserved": prediction.peak_reserved_bytes,
@@ -201,7 +202,7 @@ def _measured(prediction: Prediction, limit_bytes: int | None) -> dict[str, Any]
             "per_step": sum(left.values()),
             "paged": prediction.paged_bytes,
         },
-        "phases": {name: sum(sizes.values()) for name, sizes in held.items()},
+        "phases": phases,
         "ready": early.get(begun[0], {}),
         "left": left,
         "moments": held,
