@@ -192,6 +192,15 @@ def test_exit_codes_of_the_command(tmp_path: Path, base: Path, now: Path) -> Non
     assert code(now, base) == 0
 
 
+def test_a_reader_that_went_away_is_no_answer(base: Path, now: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vramplan.cli", "check", str(now), str(base)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 # -- a new baseline --------------------------------------------------------------------------------
 
 

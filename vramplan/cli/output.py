@@ -22,13 +22,21 @@ PIPED_WIDTH = 100
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "no": "red", "unknown": "dim"}
 
 
+class _Output(Console):
+    """Leaves a reader who went away to ``main``: the exit code that rich takes is an answer."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what rich has caught."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard output: the terminal's width, or a fixed one when piped."""
     if sys.stdout.isatty() or os.environ.get("COLUMNS"):
         width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, 120))
     else:
         width = PIPED_WIDTH
-    return Console(width=width, highlight=False, emoji=False, markup=False)
+    return _Output(width=width, highlight=False, emoji=False, markup=False)
 
 
 def print_json(document: dict[str, Any]) -> None:
