@@ -217,6 +217,7 @@ def document(findings: list[Finding]) -> dict[str, Any]:
     return {
         "schema_version": 1,
         **provenance(),
+        "command": "scripts/version-history FOLDER",  # whose folder it was is nobody's business
         "pairs": [
             {
                 "name": found.pair.name,
@@ -299,9 +300,7 @@ def _section(found: Finding) -> list[str]:
         f"Source: {pair.source}. Job: {options}{cut}.",
         f"Before: {', '.join(pair.pins['before'])}. After: {', '.join(pair.pins['after'])}.",
         "",
-        "| figure | predicted | "
-        + " | ".join(f"measured, {c}" for c in cards or ["any card"])
-        + " |",
+        f"| figure | predicted | {' | '.join(f'measured, {c}' for c in cards) or 'measured'} |",
         "|---|---|" + "---|" * max(1, len(cards)),
     ]
     figures = [found.sides[side].measurement.figures for side in SIDES]

@@ -19,6 +19,7 @@ from vramplan.files import provenance, write_text
 from vramplan.job import Job
 from vramplan.regression import METRICS, Holdings, Measurement
 from vramplan.timeline import Kind, Phase
+from vramplan.units import format_bytes
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 * 1024**2  # of a file
@@ -74,10 +75,10 @@ class Predicted:
 
 def where(planned: Planned) -> dict[str, str]:
     """What two predictions must have in common to be compared."""
-    limit = "none" if planned.limit_bytes is None else f"{planned.limit_bytes} bytes"
+    limit = "none" if planned.limit_bytes is None else format_bytes(planned.limit_bytes)
     return {
         "card": planned.gpu or "any",
-        "limit": limit,
+        "limit": f"as {planned.gpu}" if planned.gpu else limit,
         "allocator": planned.job.alloc_conf or "default",
     }
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import vramplan.cli.check
 from vramplan.cli import gate as gate_module
-from vramplan.errors import RecordError
+from vramplan.errors import ConfigError, RecordError, VramplanError
 from vramplan.units import MIB, format_bytes
 
 CONFIG = {
@@ -252,6 +252,45 @@ def test_a_matrix_with_other_jobs_names_what_differs(make: Callable[..., Gate]) 
     accepted = gate.check("--matrix", gate.matrix, "--update")
     assert accepted.exit_code == 0
     assert accepted.stderr.splitlines()[:2] == ["added: another", "removed: tiny"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--predicted", "none.json"],
+            "there is no baseline none.json; --matrix RUNS.toml --update",
+        ),
+        (["--predicted", "none.json", "--update"], "name its jobs with --matrix RUNS.toml"),
+        (["--predicted", "none.json", "--matrix", "no.toml", "--update"], "no.toml cannot be read"),
+        (["a", "b", "--predicted", "none.json"], "--predicted BASELINE needs no records"),
+        (["a", "b", "--matrix", "runs.toml"], "name CURRENT and BASELINE, or --predicted BASELINE"),
+        ([], "name CURRENT and BASELINE, or --predicted BASELINE"),
+    ],
+)
+def test_requests_that_cannot_be_answered(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(vramplan.cli.app, ["check", *words])
+    assert isinstance(found.exception, VramplanError)
+    assert said in str(found.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_baseline_edited_by_hand_is_one_error(make: Callable[..., Gate]) -> None:
+    gate = make(method="lora")
+    document = json.loads(gate.baseline.read_text())
+    document["predictions"][0]["config"]["hidden_size"] = -1
+    gate.baseline.write_text(json.dumps(document))
+    found = gate.check()
+    assert isinstance(found.exception, ConfigError)
+    assert str(found.exception) == (
+        "tiny.json: hidden_size must be from 1 to 1,000,000,000, not -1"
+    )
+    gate.baseline.write_text("{")
+    found = gate.check()
+    assert isinstance(found.exception, RecordError)
 
 
 def test_parts_that_only_a_gpu_can_tell_are_named(make: Callable[..., Gate]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,9 @@ def test_equal_layers_are_one_row(tmp_path: Path) -> None:
 
 def test_conditions_are_told_but_do_not_forbid() -> None:
     planned = prediction().planned
-    assert where(planned) == {
-        "card": "t4-16gb", "limit": "1073741824 bytes", "allocator": "default"
-    }  # fmt: skip
+    card = {"card": "t4-16gb", "limit": "as t4-16gb", "allocator": "default"}
+    assert where(planned) == card
+    assert where(replace(planned, gpu=None))["limit"] == "1.00 GiB"
     told = conditions(planned, VERSIONS)
     assert told["transformers"] == "5.17.0"
     assert told["config.model_type"] == "llama"

@@ -17,7 +17,7 @@ from vramplan.catalogue import FoundConfig, model_from_config
 from vramplan.cli import options as o
 from vramplan.cli import output
 from vramplan.cli.trace import NEEDED
-from vramplan.errors import ConfigError, RecordError, UsageError
+from vramplan.errors import RecordError, UsageError
 from vramplan.estimate import DEFAULT_CAPABILITY, estimate
 from vramplan.families import NAMES
 from vramplan.gpus import find_gpu
@@ -155,7 +155,7 @@ def predict_one(planned: Planned, versions: Mapping[str, str]) -> Predicted:
     told: dict[str, Any]
     try:
         told = _measured(tracer_of(found, fold=False)(planned.job, gpu), planned.limit_bytes)
-    except ConfigError as error:  # of a library: the job's own faults are found in the matrix
+    except UsageError as error:  # of a library: the job's own faults are found in the matrix
         told = {"failed": str(error)}
     return Predicted(
         planned,
