@@ -200,8 +200,8 @@ def _modules(timeline: Timeline) -> dict[str, Any]:
         e.copies != 1 for e in timeline.events()
     ):
         return found  # moments are looked for in what was recorded one by one
-    marks = _moments(timeline)
-    snapshots = _snapshots(timeline, set(marks.values()))
+    marks = moments(timeline)
+    snapshots = snapshots_at(timeline, set(marks.values()))
     begun, ended = (snapshots.get(marks.get(name, -1), {}) for name in ("step 1", "end"))
     return found | {
         "ready": snapshots.get(marks.get("ready", -1), {}),
@@ -213,7 +213,7 @@ def _modules(timeline: Timeline) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _moments(timeline: Timeline) -> dict[str, int]:
+def moments(timeline: Timeline) -> dict[str, int]:
     """Name of a moment -> how many events came before it.
 
     The fullest of each phase, "ready" to train, the end of "step 1", and the "end".
@@ -236,7 +236,7 @@ def _moments(timeline: Timeline) -> dict[str, int]:
     return marks
 
 
-def _snapshots(timeline: Timeline, wanted: set[int]) -> dict[int, Holdings]:
+def snapshots_at(timeline: Timeline, wanted: set[int]) -> dict[int, Holdings]:
     """What every module held after so many events."""
     live: dict[tuple[str, str], int] = {}
     found: dict[int, Holdings] = {}

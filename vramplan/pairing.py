@@ -11,7 +11,7 @@ from vramplan.errors import EnvironmentProblem, RecordError, UsageError
 from vramplan.evidence import measurement, merged, read_timeline, timeline_path
 from vramplan.files import alone_in, write_all
 from vramplan.record import read_record
-from vramplan.regression import Checked, Measurement, Threshold, check
+from vramplan.regression import Accepted, Checked, Measurement, Threshold, check
 
 REPEAT = re.compile(r"-repeat\d+$")  # as ``vramplan measure --repeat`` names them
 
@@ -21,13 +21,6 @@ class Evidence(NamedTuple):
 
     measurement: Measurement
     paths: tuple[Path, ...]
-
-
-class Accepted(NamedTuple):
-    """What became of each name of the baseline: "replaced", "added", "unchanged" or "kept"."""
-
-    checked: Checked
-    fates: Mapping[str, str]
 
 
 def compare(current: Path, baseline: Path, allowed: Mapping[str, Threshold | None]) -> Checked:

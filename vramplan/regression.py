@@ -422,3 +422,15 @@ class Checked:
         if found != "worse" and (self.missing or not self.checks):
             return "not judged"
         return found
+
+
+class Accepted(NamedTuple):
+    """A comparison, and the baseline that was made of it.
+
+    Attributes:
+        checked: The comparison with what was there.
+        fates: Name -> "replaced", "added", "unchanged", "kept" or "removed".
+    """
+
+    checked: Checked
+    fates: Mapping[str, str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,10 @@ import typer
 from vramplan.cli import app, output
 from vramplan.cli import options as o
 from vramplan.cli.checked import print_accepted, print_checked
+from vramplan.cli.gate import gate
 from vramplan.errors import UnknownNameError, UsageError
 from vramplan.files import write_text
-from vramplan.regression import Checked, thresholds
+from vramplan.regression import Accepted, Checked, Threshold, thresholds
 from vramplan.report.checks import to_document, to_github, to_junit, to_markdown
 
 EXIT_CODES = {"same": 0, "better": 0, "worse": 1, "not judged": 2}
@@ -25,10 +27,27 @@ SUFFIXES = {".md": "markdown", ".xml": "junit", ".json": "json"}
 @app.command("check")
 def check_command(
     current: Annotated[
-        Path,
+        Path | None,
         typer.Argument(metavar="CURRENT", help="A record, or a folder of them, as it is now."),
-    ],
-    baseline: Annotated[Path, typer.Argument(metavar="BASELINE", help="The same as it was.")],
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Argument(metavar="BASELINE", help="The same as it was.")
+    ] = None,
+    predicted: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BASELINE",
+            help="Without a GPU: what the installed libraries would need, against this file.",
+            show_default=False,
+        ),
+    ] = None,
+    matrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --predicted: TOML file with its [[run]] tables [default: its own jobs].",
+            show_default=False,
+        ),
+    ] = None,
     fail: Annotated[
         str,
         typer.Option(
@@ -52,33 +71,54 @@ def check_command(
         bool, typer.Option("--quiet", "-q", help="Print nothing; the exit code says it.")
     ] = False,
     update: Annotated[
-        bool, typer.Option("--update", help="Accept CURRENT as the new BASELINE.")
+        bool, typer.Option("--update", help="Accept what is now as the new BASELINE.")
     ] = False,
     force: Annotated[
         bool,
         typer.Option("--force", help="Replace files that exist; accept runs that failed."),
     ] = False,
 ) -> None:  # fmt: skip
-    """Whether records need more than their baselines: exit code 1 if so, 2 if it cannot be told."""
+    """Whether records or predictions need more than before: exit code 1 if so, 2 if unknown."""
     form = _form(form, json_)
     paths = out or []
     o.check_outputs(paths, tuple(SUFFIXES), force=force)
     o.needs("reading records", "pydantic")
-    from vramplan.pairing import accept, compare  # noqa: PLC0415 - needs pydantic
-
     allowed = thresholds(fail)
-    accepted = accept(current, baseline, allowed, force=force) if update else None
-    checked = accepted.checked if accepted else compare(current, baseline, allowed)
+    if predicted is not None:
+        if current is not None:
+            raise UsageError("--predicted BASELINE needs no records: leave out CURRENT")
+        found, kept = gate(predicted, matrix, allowed, update=update), predicted
+    else:
+        if current is None or baseline is None or matrix is not None:
+            raise UsageError("name CURRENT and BASELINE, or --predicted BASELINE [--matrix FILE]")
+        found, kept = _measured(current, baseline, allowed, update=update, force=force), baseline
+    checked = found.checked
     for path in paths:
         write_text(path, rendered(checked, SUFFIXES[path.suffix]))
         print(f"written: {path}", file=sys.stderr)
     if not quiet and form != "text":
         print(rendered(checked, form), end="")
-    elif not quiet and (checked.checks or not accepted):
+    elif not quiet and (checked.checks or not update):
         print_checked(output.console(), checked)
-    if accepted and not quiet:
-        print_accepted(accepted.fates, baseline)
-    raise typer.Exit(0 if accepted else EXIT_CODES[checked.outcome])
+    if update and not quiet:
+        print_accepted(found.fates, kept)
+    raise typer.Exit(0 if update else EXIT_CODES[checked.outcome])
+
+
+def _measured(
+    current: Path,
+    baseline: Path,
+    allowed: Mapping[str, Threshold | None],
+    *,
+    update: bool,
+    force: bool,
+) -> Accepted:
+    """Records against records."""
+    from vramplan.pairing import accept, compare  # noqa: PLC0415 - needs pydantic
+
+    if update:
+        return accept(current, baseline, allowed, force=force)
+    return Accepted(compare(current, baseline, allowed), {})
 
 
 def _form(form: str, json_: bool) -> str:

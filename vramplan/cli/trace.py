@@ -65,6 +65,8 @@ def run_trace(
     job: Job,
     capability: tuple[int, int] = DEFAULT_CAPABILITY,
     workspace_bytes: int | None = None,
+    *,
+    fold: bool = True,
 ) -> Trace:
     """Trace a job.
 
@@ -73,6 +75,7 @@ def run_trace(
         job: The job.
         capability: Compute capability of the card that the trace stands for.
         workspace_bytes: cuBLAS's workspaces of both threads as measured on the card.
+        fold: Trace equal layers once; otherwise every layer, which takes longer.
 
     Raises:
         EnvironmentProblem: If the libraries that it runs are not installed.
@@ -98,6 +101,7 @@ def run_trace(
         capability=capability,
         workspace_bytes=workspace_bytes,
         where=found.where,
+        fold=fold,
     )
 
 

@@ -33,8 +33,15 @@ def tracer(name: str) -> Callable[[Job, Gpu | None], Prediction]:
     return tracer_of(find_config(name))
 
 
-def tracer_of(found: FoundConfig) -> Callable[[Job, Gpu | None], Prediction]:
-    """A function that predicts jobs on the model of a config by tracing them."""
+def tracer_of(
+    found: FoundConfig, *, fold: bool = True
+) -> Callable[[Job, Gpu | None], Prediction]:  # fmt: skip
+    """A function that predicts jobs on the model of a config by tracing them.
+
+    Args:
+        found: The config.
+        fold: Trace equal layers once; otherwise every layer, which takes longer.
+    """
 
     def predict(job: Job, gpu: Gpu | None) -> Prediction:
         profile = profile_for(gpu.slug if gpu else None)
@@ -43,6 +50,7 @@ def tracer_of(found: FoundConfig) -> Callable[[Job, Gpu | None], Prediction]:
             job,
             gpu.compute_capability if gpu else DEFAULT_CAPABILITY,
             profile.cublas_workspace_bytes,
+            fold=fold,
         )
         model = traced_model(found, traced)
         check_length(model, job)

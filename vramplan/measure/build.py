@@ -23,7 +23,7 @@ def build_model(config: dict[str, Any], job: Job, device: torch.device) -> Any:
     """
     values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
     hf_config = AutoConfig.for_model(**values)
-    options: dict[str, Any] = {"dtype": DTYPES[job.dtype]}
+    options: dict[str, Any] = {dtype_option(hf_config): DTYPES[job.dtype]}
     if job.attn_implementation:
         options["attn_implementation"] = job.attn_implementation
     if not job.quantised:
@@ -56,7 +56,8 @@ def load_checkpoint(folder: str, job: Job, device: torch.device) -> Any:
         job: Method, dtype, quantisation and attention.
         device: Where its weights go.
     """
-    options: dict[str, Any] = {"dtype": DTYPES[job.dtype]}
+    hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    options: dict[str, Any] = {dtype_option(hf_config): DTYPES[job.dtype]}
     if job.attn_implementation:
         options["attn_implementation"] = job.attn_implementation
     if job.quantised:
@@ -69,6 +70,11 @@ def load_checkpoint(folder: str, job: Job, device: torch.device) -> Any:
         local_files_only=True,
         **options,
     )
+
+
+def dtype_option(config: Any) -> str:
+    """What this transformers calls the dtype of the weights: ``torch_dtype`` before 4.56."""
+    return "dtype" if hasattr(config, "dtype") else "torch_dtype"
 
 
 def quantization_config(job: Job) -> BitsAndBytesConfig:

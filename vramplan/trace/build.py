@@ -90,18 +90,26 @@ def base_model(
     """
     check_config(config, where)
     values = {key: value for key, value in config.items() if key not in IGNORED}
-    options: dict[str, Any] = {"dtype": DTYPES[job.dtype]}
+    options: dict[str, Any] = {}
     if job.attn_implementation:
         options["attn_implementation"] = job.attn_implementation
     try:
         hf_config = AutoConfig.for_model(**values)
         change(hf_config)
+        options[dtype_option(hf_config)] = DTYPES[job.dtype]
         with META:
-            return AutoModelForCausalLM.from_config(hf_config, **options)
+            model = AutoModelForCausalLM.from_config(hf_config, **options)
+        model.tie_weights()  # what from_pretrained does; on meta some versions leave it out
+        return model
     except Exception as error:  # any library's, for a config that nobody vouches for
         raise ConfigError(
             f"{where}: transformers cannot make a model of it: {in_one_line(error)}"
         ) from error
+
+
+def dtype_option(config: Any) -> str:
+    """What this transformers calls the dtype of the weights: ``torch_dtype`` before 4.56."""
+    return "dtype" if hasattr(config, "dtype") else "torch_dtype"
 
 
 def in_one_line(error: Exception) -> str:

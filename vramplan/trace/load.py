@@ -54,7 +54,18 @@ def load(model: Any, job: Job, books: Books) -> None:
         books.empty_cache()
     # adapters come in the base layer's dtype where that is a 16-bit one
     maker.cast([x for x in added if maker.bring(x, cast=not job.quantised and "lora_" in x.key)])
+    _bring_scalars(model, books)
     books.layer = None
+
+
+def _bring_scalars(model: Any, books: Books) -> None:
+    """Numbers that a module keeps as plain tensors stay on the host, as GPT-J's ``scale_attn``."""
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and value.is_meta and value.dim() == 0:
+                scalar = torch.empty((), dtype=value.dtype)
+                books.forget(scalar)
+                setattr(module, key, scalar)
 
 
 def _held(model: Any) -> Iterator[Held]:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from vramplan.layers import FUSED_MAX_TOKENS
 from vramplan.trace.attention import scaled_dot_product_attention
+from vramplan.trace.routing import EvenRouting
 from vramplan.trace.tracker import Books, Hidden
 
 aten = torch.ops.aten
@@ -56,6 +57,8 @@ RULES = {
     "attention kernel": "which one CUDA picks and what it keeps (vramplan/trace/attention.py)",
     "full sequences": "tests on the attention mask are answered as for a mask of ones; "
     "transformers' masking_utils.py otherwise takes fake tensors for an export",
+    "even routing": "a loop over experts finds every expert's equal share of the tokens "
+    "(vramplan/trace/routing.py)",
     "safe softmax": "_safe_softmax looks for rows that are masked away with a softmax and a byte "
     "mask of its own (aten/src/ATen/native/transformers/attention.cpp)",
     "dequantised weight": "gemm_4bit dequantises scales and weight first "
@@ -161,11 +164,12 @@ class CudaFunctions(TorchFunctionMode):  # type: ignore[misc]
     Args:
         books: Where attention writes its workspaces.
         capability: Compute capability of the card, which decides the attention kernel.
+        routing: Told of every mask of experts.
     """
 
-    def __init__(self, books: Books, capability: tuple[int, int]) -> None:
+    def __init__(self, books: Books, capability: tuple[int, int], routing: EvenRouting) -> None:
         super().__init__()
-        self.books, self.capability = books, capability
+        self.books, self.capability, self.routing = books, capability, routing
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function as CUDA would."""
@@ -191,6 +195,8 @@ class CudaFunctions(TorchFunctionMode):  # type: ignore[misc]
                     return func(*args, **kwargs)
         if name in ("softmax", "log_softmax"):
             return _softmax(func, name, args, kwargs)
+        if name == "one_hot":
+            self.routing.one_hot(args, kwargs)
         if name == "rand" and args == ([],):
             return 1.0
         if name == "dropout":
@@ -269,11 +275,12 @@ def hidden_bytes(books: Books) -> dict[Any, Hidden]:
     }
 
 
-def answers() -> dict[Any, Callable[..., Any]]:
-    """What depends on contents: a mask of ones passes every test, no column is an outlier."""
+def answers(routing: EvenRouting) -> dict[Any, Callable[..., Any]]:
+    """What depends on contents: a mask of ones passes every test, no column is an outlier.
 
-    def scalar(tensor: Any) -> Any:
-        return True if tensor.dtype is torch.bool else 1
+    Args:
+        routing: Answers for a loop over experts.
+    """
 
     def int8_quant(x: Any, threshold: float = 0.0) -> Any:
         rows = x.numel() // x.shape[-1]
@@ -285,7 +292,8 @@ def answers() -> dict[Any, Callable[..., Any]]:
         return out, torch.empty(0, dtype=x.dtype)
 
     return {
-        aten._local_scalar_dense.default: scalar,
+        aten._local_scalar_dense.default: routing.scalar,
+        aten.nonzero.default: routing.nonzero,
         torch.ops.bitsandbytes.int8_vectorwise_quant.default: int8_quant,
         torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: int8_product,
     }
@@ -321,7 +329,9 @@ class PagedBooks:
 
 
 @contextmanager
-def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]:
+def corrected(
+    books: Books, capability: tuple[int, int], routing: EvenRouting
+) -> Iterator[PagedBooks]:
     """All rules that work from outside the dispatch mode, in force."""
     asked = torch.is_autocast_enabled
     paged = PagedBooks(books)
@@ -348,7 +358,6 @@ def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]
         for where, name, value in (
             (torch, "is_autocast_enabled", is_autocast_enabled),
             (meta, "_meta_grouped_mm_common", grouped_mm),
-            (hf_imports, "is_fake_tensor", lambda _x: False),
             (bnb_optimizer.Optimizer8bit, "get_state_buffer", get_state_buffer),
             (bnb_ademamix.AdEMAMix, "_get_state_double_buffer", get_double_buffer),
             # it remembers overrides by a parameter's place in its group, beyond one optimizer
@@ -359,5 +368,7 @@ def corrected(books: Books, capability: tuple[int, int]) -> Iterator[PagedBooks]
             (bnb_autograd, "MatMul8bitFp", bnb_autograd.MatMul8bitLt),
         ):
             stack.enter_context(patch.object(where, name, value))
-        stack.enter_context(CudaFunctions(books, capability))
+        if hasattr(hf_imports, "is_fake_tensor"):  # versions before 5.0 do not ask
+            stack.enter_context(patch.object(hf_imports, "is_fake_tensor", lambda _x: False))
+        stack.enter_context(CudaFunctions(books, capability, routing))
         yield paged

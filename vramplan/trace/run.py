@@ -32,6 +32,7 @@ from vramplan.trace.build import DTYPES, base_model, build, in_one_line, quant_t
 from vramplan.trace.fold import WHOLE, Cut, find_cut, layers_of, timelines
 from vramplan.trace.load import load
 from vramplan.trace.optimizers import make_optimizer
+from vramplan.trace.routing import EvenRouting
 from vramplan.trace.rules import answers, corrected, hidden_bytes, sums_in_place
 from vramplan.trace.tracker import Books, Tracker, watch_modules
 
@@ -154,14 +155,14 @@ class Run:
 
     def perform(self) -> Trace:
         """Load, then two steps."""
-        books = self.books
-        tracker = Tracker(books, hidden_bytes(books), answers())
+        books, routing = self.books, EvenRouting()
+        tracker = Tracker(books, hidden_bytes(books), answers(routing))
         tracker.in_place_sum = sums_in_place
         with ExitStack() as stack:
             stack.enter_context(quiet())
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(tracker)
-            paged = stack.enter_context(corrected(books, self.capability))
+            paged = stack.enter_context(corrected(books, self.capability, routing))
             self._load()
             self._prepare()
             for _ in range(NUM_STEPS):
