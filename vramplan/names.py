@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 MAX_NAME = 160
+OUTSIDE = "outside modules"  # a phase, and the kind of what a program makes in it
 HEADS = ("lm_head", "embed_out")
 
 

@@ -22,7 +22,9 @@ Outcome = Literal["same", "better", "worse", "not judged"]
 # were called slower by 10 %, of 48 pairs of five none (tests/unit/test_unchanged.py).
 MIN_REPEATS = 5
 LEAKS = frozenset(("leaked", "per_step"))
+UNSTEADY = "depends on what the process did before"
 NEVER_FAILS = "never fails"
+SILENT = (UNSTEADY, NEVER_FAILS)  # reasons that need not be told
 OUTSIDE_TRAINING = ("load", "prepare", "evaluate", "save")  # phases that "allocated" leaves out
 
 
@@ -159,6 +161,7 @@ class Measurement:
         where: GPU, limit, allocator settings: must be equal for figures to be comparable.
         versions: Versions of everything that decides the figures, and fields of the job.
         failed: How it ended if it did not end well: "out of memory in backward".
+        unsteady: Figures that depend on what else its process has done: they are never judged.
         oom: Whether it ran out of memory; other failures cannot be compared.
     """
 
@@ -173,6 +176,7 @@ class Measurement:
     where: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     failed: str = ""
+    unsteady: frozenset[str] = frozenset()
     oom: bool = False
 
 
@@ -296,6 +300,8 @@ def _change(
     if before is None or after is None:
         side = "the baseline" if before is None else "this run"
         return Change(name, before, after, None, "not judged", f"not measured in {side}")
+    if name in current.unsteady:
+        return Change(name, before, after, None, "not judged", UNSTEADY)
     if threshold is None:
         return Change(name, before, after, None, "not judged", NEVER_FAILS)
     base = baseline.figures.get(metric.relative_to, 0) if metric.relative_to else before
@@ -354,8 +360,6 @@ def _grown(
     current: Measurement, baseline: Measurement, worse: set[str], phase: str
 ) -> tuple[Growth, ...]:
     """Growth at the moment that the worst figure is about."""
-    if worse & LEAKS and current.left:
-        return growth(current.left, baseline.left)
     moments = [
         (current.moments.get(phase, {}), baseline.moments.get(phase, {})),
         (current.peak, baseline.peak),
@@ -363,6 +367,10 @@ def _grown(
     ]
     if "ready" in worse and "allocated" not in worse:
         moments.reverse()
+    if worse & LEAKS and current.left:
+        left = growth(current.left, baseline.left)
+        if left:
+            return left
     found = (growth(after, before) for after, before in moments if after and before)
     return next(filter(None, found), ())
 

@@ -46,6 +46,7 @@ def overhead() -> dict[str, float]:
     """Seconds of some steps bare and measured, medians of alternating rounds."""
     import torch
     import train
+
     from vramplan.measure.card import open_card
     from vramplan.measure.region import Meter
 

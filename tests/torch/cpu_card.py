@@ -85,6 +85,8 @@ class CpuCard(TorchDispatchMode):
     def restart(self) -> None:
         self.peak = self.allocated()
 
+    def clear_cache(self) -> None: ...
+
     def clear_workspaces(self) -> None: ...
 
     def recording(self) -> bool:

@@ -118,6 +118,8 @@ class FakeCard:
     def restart(self) -> None:
         self._peaks = (self.allocated(), self._reserved)
 
+    def clear_cache(self) -> None: ...
+
     def clear_workspaces(self) -> None:
         if self.workspace in self.live:
             self.free(self.workspace)
@@ -144,7 +146,7 @@ class FakeCard:
         self.notes = notes
         return self
 
-    def relabel(self) -> None: ...
+    def relabel(self, *, discover: bool = False) -> None: ...
 
     def close(self) -> None:
         self.closed += 1

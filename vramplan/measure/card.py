@@ -139,6 +139,12 @@ class TorchCard:
         """Begin new peaks."""
         self.torch.cuda.reset_peak_memory_stats()
 
+    def clear_cache(self) -> None:
+        """Give back to the driver what the allocator caches, unless a graph is being captured."""
+        self.torch.cuda.init()
+        if not self.torch.cuda.is_current_stream_capturing():
+            self.torch.cuda.empty_cache()
+
     def clear_workspaces(self) -> None:
         """Let go of cuBLAS' workspaces, unless a CUDA graph is being captured."""
         if not self.torch.cuda.is_current_stream_capturing():

@@ -6,6 +6,7 @@ has to be changed or named. What they note goes beside the allocator's trace (se
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import sys
@@ -25,9 +26,9 @@ from torch.optim.optimizer import (
 
 from vramplan.measure import labels
 from vramplan.measure.blocks import Mark
-from vramplan.measure.holdings import OUTSIDE, Notes
+from vramplan.measure.holdings import Notes
 from vramplan.measure.region import is_out_of_memory
-from vramplan.names import HEADS, owner_of
+from vramplan.names import HEADS, OUTSIDE, owner_of
 from vramplan.timeline import Kind
 
 _SEEN = "vramplan"  # in the metadata of an autograd node that is followed
@@ -103,8 +104,15 @@ class Follower:
         if torch.autograd.backward == self._marked_backward:  # nobody wrapped it meanwhile
             torch.autograd.backward = self._backward
 
-    def relabel(self) -> None:
-        """Name everything that is known, where it is now."""
+    def relabel(self, *, discover: bool = False) -> None:
+        """Name everything that is known, where it is now.
+
+        Args:
+            discover: Where no module has run, look for those that were made.
+        """
+        if discover and not self._roots:
+            for module in _outermost_modules():
+                self._adopt(module)
         for root in self._roots:
             self._label(root.tensors())
         for optimizer in filter(None, (known() for known in self._optimizers)):
@@ -243,6 +251,16 @@ class Follower:
         }
         if places:
             self.notes.labels.append((self._count(), places))
+
+
+def _outermost_modules() -> list[Any]:
+    """Modules in no other module, the largest first."""
+    # by type: asking an instance for its class can make lazy imports happen
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
+    inner = {id(part) for module in found for part in module.__dict__.get("_modules", {}).values()}
+    outermost = [module for module in found if id(module) not in inner]
+    sizes = {id(m): sum(p.numel() for p in m.parameters()) for m in outermost}
+    return sorted((m for m in outermost if sizes[id(m)]), key=lambda m: -sizes[id(m)])
 
 
 def _in_backward() -> bool:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vramplan.measure.blocks import Blocks, Label, Mark, Meaning
-from vramplan.names import HEADS
+from vramplan.names import HEADS, OUTSIDE
 from vramplan.timeline import Kind
 
-OUTSIDE = "outside modules"  # a phase, and the kind of what is made in it
 HELD = "held before"  # the kind of what was there already and is no known parameter or state
 SEGMENTS = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 

@@ -23,8 +23,8 @@ MIN_STEPS = 3  # the first makes optimizer state; two more show what each of the
 class Follow(Protocol):
     """What notes where the program is."""
 
-    def relabel(self) -> None:
-        """Name everything that is known, where it is now."""
+    def relabel(self, *, discover: bool = False) -> None:
+        """Name everything that is known, where it is now; also modules that never ran."""
 
     def close(self) -> None:
         """Stop."""
@@ -50,6 +50,9 @@ class Card(Protocol):
 
     def restart(self) -> None:
         """Begin new peaks."""
+
+    def clear_cache(self) -> None:
+        """Give back to the driver what the allocator caches: tests before have left it there."""
 
     def clear_workspaces(self) -> None:
         """Let go of cuBLAS' workspaces, which would be there or not by what ran before."""
@@ -163,8 +166,10 @@ class Meter:
     """Measures regions on one card.
 
     Known limitations:
-        Torch cannot set its peak counters: after a region ``torch.cuda.max_memory_allocated()``
-        counts from the region's end. Blocks of other cards than the current one are not seen.
+        The outermost region begins by emptying the allocator's cache, so that reserved memory is
+        the same whatever ran before. Torch cannot set its peak counters: after a region
+        ``torch.cuda.max_memory_allocated()`` counts from the region's end. Blocks of other cards
+        than the current one are not seen.
     """
 
     def __init__(self, card: Card) -> None:
@@ -209,6 +214,7 @@ class Meter:
         self._open.append((region, opening))
 
     def _start(self) -> None:
+        self.card.clear_cache()
         self.notes = Notes(self.card.counts())
         if self.card.recording():
             self._why_unknown = "the program records the allocator's history itself"
@@ -237,7 +243,7 @@ class Meter:
         self._fold()
         reserved, own = card.reserved(), card.own_bytes()
         if self._follow is not None:
-            self._follow.relabel()
+            self._follow.relabel(discover=True)
         stop = card.counts()
         self._clear_workspaces()
         region.why_unknown = self._why_unknown

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vramplan.names import printable
-from vramplan.regression import LEAKS, METRICS, NEVER_FAILS, Change, Check, Checked, Growth, Outcome
+from vramplan.names import OUTSIDE, printable
+from vramplan.regression import LEAKS, METRICS, SILENT, Change, Check, Checked, Growth, Outcome
 from vramplan.units import GIB, MIB, format_bytes, format_seconds
 
 MAX_OWNERS = 5
@@ -93,7 +93,9 @@ def headline(check: Check) -> str:
     metric = METRICS[change.metric]
     words = ("is slower", "is faster") if metric.timed else ("needs more", "needs less")
     before, after = amount(change.metric, change.before), amount(change.metric, change.after)
-    phase = f" in {printable(check.phase)}" if check.phase and not metric.timed else ""
+    phase = f", {_where(check)}" if check.phase == OUTSIDE else f" {_where(check)}"
+    if not check.phase or metric.timed:
+        phase = ""
     by = f", {difference(change)}" if change.before else ""
     word = words[check.outcome == "better"]
     return f"{name} {word}: {metric.title} {before} -> {after}{by}{phase}."
@@ -104,7 +106,13 @@ def moment(check: Check) -> str:
     change = principal(check)
     if change is not None and change.metric in LEAKS:
         return "left behind by a step" if change.metric == "per_step" else "left behind"
+    if check.phase == OUTSIDE:
+        return f"at the fullest moment {OUTSIDE}"
     return f"at the fullest moment of {printable(check.phase)}" if check.phase else "at the peak"
+
+
+def _where(check: Check) -> str:
+    return OUTSIDE if check.phase == OUTSIDE else f"in {printable(check.phase)}"
 
 
 def _whole(check: Check) -> str:
@@ -193,7 +201,7 @@ def figure_row(change: Change) -> tuple[str, ...]:
         amount(change.metric, change.after),
         difference(change),
         allowed,
-        "" if change.outcome == "same" or change.why == NEVER_FAILS else change.outcome,
+        "" if change.outcome == "same" or change.why in SILENT else change.outcome,
     )
 
 
@@ -214,7 +222,7 @@ def unjudged(check: Check) -> str:
     """Figures that were not judged, with the reason once; empty if all were."""
     reasons: dict[str, list[str]] = {}
     for change in check.changes:
-        if change.outcome == "not judged" and change.why != NEVER_FAILS:
+        if change.outcome == "not judged" and change.why not in SILENT:
             reasons.setdefault(change.why, []).append(METRICS[change.metric].title)
     return "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
 

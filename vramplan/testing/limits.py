@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vramplan.errors import UnknownNameError, UsageError, VramplanError
-from vramplan.names import any_layer, printable
+from vramplan.names import OUTSIDE, any_layer, printable
 from vramplan.regression import METRICS, Measurement
 from vramplan.units import format_bytes, parse_size
 
@@ -85,7 +85,7 @@ def _peak(measurement: Measurement, kind: str) -> int | None:
 
 def _lines(limit: Limit, peak: int, fullest: Measurement) -> Iterable[str]:
     phase = max(fullest.phases, key=lambda name: fullest.phases[name], default="")
-    where = f", in {printable(phase)}" if phase else ""
+    where = f", {phase}" if phase == OUTSIDE else f", in {printable(phase)}" if phase else ""
     own = where if limit.kind == "allocated" else ""
     yield (
         f"{printable(fullest.name)}: {METRICS[limit.kind].title} {format_bytes(peak)} is "

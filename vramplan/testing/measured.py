@@ -8,6 +8,10 @@ from vramplan.measure.region import Region
 from vramplan.regression import Measurement
 from vramplan.units import format_bytes
 
+# Kernels stay on the card once they are loaded: it depends on the tests before, and on those that
+# were chosen, which of them this region had to load.
+UNSTEADY = frozenset({"device"})
+
 
 def region_measurement(
     region: Region, where: Mapping[str, str], versions: Mapping[str, str]
@@ -37,6 +41,7 @@ def region_measurement(
         where=where,
         versions=versions,
         failed=failure_text(region),
+        unsteady=UNSTEADY,
         oom=region.oom,
     )
 
