@@ -48,6 +48,8 @@ from vramplan.units import GIB, MIB
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.delenv("VRAMPLAN_REQUIRE_GPU", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # the projects' runs are not in one
+    monkeypatch.setattr("sys.argv", ["pytest"])
     monkeypatch.setenv("FAKE_CARD", "{}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(REPOSITORY), str(HERE))))
     monkeypatch.setenv("COLUMNS", "100")
@@ -652,7 +654,10 @@ def _figures(change: object) -> object:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda t: t[:200], "PATH cannot be read as a baseline: Unterminated string*" + REMEDY),
+        (
+            lambda t: t[: t.index("main") + 2],
+            "PATH cannot be read as a baseline: Unterminated string*" + REMEDY,
+        ),
         (lambda _: "[" * 100_000, "PATH cannot be read as a baseline: *" + REMEDY),
         (lambda _: "[]", "PATH is not a baseline of vramplan: it has no schema_version"),
         (lambda _: "\0", "PATH cannot be read as a baseline: *" + REMEDY),
