@@ -53,6 +53,11 @@ def load_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def dtype_option(config: Any) -> str:
+    """What this transformers calls the dtype of the weights: ``torch_dtype`` before 4.56."""
+    return "dtype" if hasattr(config, "dtype") else "torch_dtype"
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number JSON allows")
 

@@ -16,7 +16,7 @@ from vramplan.errors import RecordError
 from vramplan.job import EVALUATION, Job
 from vramplan.names import owner_of
 from vramplan.record import Record
-from vramplan.regression import Holdings, Measurement
+from vramplan.regression import Holdings, Measurement, surplus
 from vramplan.timeline import BEFORE_TRAINING, Phase, Timeline, timeline_from_document
 from vramplan.units import format_bytes
 
@@ -180,12 +180,18 @@ def _failed(record: Record) -> str:
         where = f" in {record.phase}" if record.phase else ""
         return f"{record.status}{where}" + (f": {lines[-1]}" if lines else "")
     oom = record.oom
-    phase = oom.phase if oom else record.phase
+    if oom is None:
+        return out_of_memory(record.phase)
+    module = owner_of(oom.module) if oom.module else ""
+    return out_of_memory(oom.phase, module, oom.requested_bytes)
+
+
+def out_of_memory(phase: str | None, module: str = "", requested_bytes: int | None = None) -> str:
+    """An allocation that failed, in words, as far as it is known."""
     text = "out of memory" + (f" in {phase}" if phase else "")
-    if oom is not None and oom.module:
-        text += f" of {owner_of(oom.module)}"
-    if oom is not None and oom.requested_bytes is not None:
-        text += f", asking for {format_bytes(oom.requested_bytes)}"
+    text += f" of {module}" if module else ""
+    if requested_bytes is not None:
+        text += f", asking for {format_bytes(requested_bytes)}"
     return text
 
 
@@ -205,8 +211,7 @@ def _modules(timeline: Timeline) -> dict[str, Any]:
     begun, ended = (snapshots.get(marks.get(name, -1), {}) for name in ("step 1", "end"))
     return found | {
         "ready": snapshots.get(marks.get("ready", -1), {}),
-        "left": {key: size - begun.get(key, 0) for key, size in ended.items()
-                 if begun and size > begun.get(key, 0)},
+        "left": surplus(ended, begun) if begun else {},
         "moments": {
             phase.value: snapshots[marks[phase.value]] for phase in Phase if phase.value in marks
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import shlex
 import shutil
@@ -13,7 +14,44 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vramplan.errors import EnvironmentProblem
+from vramplan.errors import EnvironmentProblem, RecordError
+
+
+def read_json(path: Path, most_bytes: int, noun: str, remedy: str = "") -> Any:
+    """What a JSON file of ours holds; anyone may have written it.
+
+    Args:
+        path: The file.
+        most_bytes: Size from which on it is refused.
+        noun: What it should be: "record".
+        remedy: What to do about one that cannot be read, behind a "; ".
+
+    Raises:
+        RecordError: If it cannot be read or is too large.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            raise RecordError(f"{path} is larger than any {noun} ({most_bytes} bytes)")
+        return json.loads(data.decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path} cannot be read as a {noun}: {error}{remedy}") from None
+
+
+def check_schema(document: Any, newest: int, where: str, noun: str) -> None:
+    """Refuse what is not ours, or of a newer version.
+
+    Raises:
+        RecordError: If it has no schema_version, or one above ``newest``.
+    """
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is not int:
+        raise RecordError(f"{where} is not a {noun} of vramplan: it has no schema_version")
+    if version > newest:
+        raise RecordError(
+            f"{where} has schema_version {version}; this vramplan reads up to {newest}, update it"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

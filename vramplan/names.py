@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 MAX_NAME = 160
 OUTSIDE = "outside modules"  # a phase, and the kind of what a program makes in it
@@ -39,3 +40,14 @@ def printable(text: str, limit: int = MAX_NAME) -> str:
     known = text[: limit + 1]
     clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in known)
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers as ``0-3,5``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -11,7 +11,7 @@ from vramplan.errors import EnvironmentProblem, RecordError, UsageError
 from vramplan.evidence import measurement, merged, read_timeline, timeline_path
 from vramplan.files import alone_in, write_all
 from vramplan.record import read_record
-from vramplan.regression import Accepted, Checked, Measurement, Threshold, check
+from vramplan.regression import Accepted, Checked, Measurement, Threshold, check, check_all
 
 REPEAT = re.compile(r"-repeat\d+$")  # as ``vramplan measure --repeat`` names them
 
@@ -102,15 +102,11 @@ def _compare(
     if alone:  # two files, whatever they are called
         ((now,), (then,)) = current.values(), baseline.values()
         return Checked((check(now.measurement, then.measurement, allowed),))
-    return Checked(
-        tuple(
-            check(evidence.measurement, baseline[name].measurement, allowed)
-            for name, evidence in current.items()
-            if name in baseline
-        ),
-        missing=tuple(name for name in baseline if name not in current),
-        new=tuple(name for name in current if name not in baseline),
+    now_all, then_all = (
+        {name: evidence.measurement for name, evidence in side.items()}
+        for side in (current, baseline)
     )
+    return check_all(now_all, then_all, allowed)
 
 
 def accept(

@@ -17,6 +17,7 @@ from vramplan.config import MAX_LAYERS
 from vramplan.errors import RecordError, UsageError
 from vramplan.files import provenance, write_text
 from vramplan.job import Job
+from vramplan.names import ranges
 from vramplan.regression import METRICS, Holdings, Measurement
 from vramplan.timeline import Kind, Phase
 from vramplan.units import format_bytes
@@ -139,18 +140,7 @@ def _rows(held: Holdings) -> Iterator[str]:
     for (size, kind, pattern), layers in sorted(
         alike.items(), key=lambda item: (-item[0][0] * max(1, len(item[1])), item[0])
     ):
-        yield " ".join(filter(None, (str(size), kind, pattern, _ranges(layers))))
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Numbers in few words: ``0-3,7``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+        yield " ".join(filter(None, (str(size), kind, pattern, ranges(layers))))
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vramplan.errors import RecordError
-from vramplan.files import write_text
+from vramplan.files import check_schema, read_json, write_text
 
 SCHEMA_VERSION = 1
 MAX_RECORD_BYTES = 16 * 1024**2
@@ -331,14 +331,7 @@ def parse_record(document: Any, where: str) -> Record:
     Raises:
         RecordError: If it is not a record, or of a newer version.
     """
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if type(version) is not int:
-        raise RecordError(f"{where} is not a record of vramplan: it has no schema_version")
-    if version > SCHEMA_VERSION:
-        raise RecordError(
-            f"{where} has schema_version {version}; this vramplan reads up to {SCHEMA_VERSION}, "
-            "update it"
-        )
+    check_schema(document, SCHEMA_VERSION, where, "record")
     try:
         return Record.model_validate(document)
     except ValidationError as error:
@@ -353,15 +346,7 @@ def read_record(path: Path) -> Record:
     Raises:
         RecordError: If it cannot be read, is too large, broken, or of a newer version.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_RECORD_BYTES + 1)
-        if len(data) > MAX_RECORD_BYTES:
-            raise RecordError(f"{path} is larger than any record ({MAX_RECORD_BYTES} bytes)")
-        document = json.loads(data.decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path} cannot be read as a record: {error}") from None
-    return parse_record(document, str(path))
+    return parse_record(read_json(path, MAX_RECORD_BYTES, "record"), str(path))
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -8,6 +8,7 @@ judged only where both sides were repeated, and only when the two sets of repeat
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -320,7 +321,7 @@ def _timed_change(
     name: str, current: Measurement, baseline: Measurement, threshold: Threshold | None
 ) -> Change:
     then, now = (side.repeats.get(name, ()) for side in (baseline, current))
-    before, after = _median(then), _median(now)
+    before, after = (statistics.median(times) if times else None for times in (then, now))
     if before is None or after is None or min(len(then), len(now)) < MIN_REPEATS:
         why = f"{len(then)} and {len(now)} repeats; {MIN_REPEATS} each tell a difference"
         return Change(name, before, after, None, "not judged", why)
@@ -332,14 +333,6 @@ def _timed_change(
     if max(min(then), min(now)) <= min(max(then), max(now)):
         outcome = "same"  # the repeats overlap
     return Change(name, before, after, allowed, outcome)
-
-
-def _median(values: tuple[float, ...]) -> float | None:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    if not ordered:
-        return None
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _phase(current: Measurement, baseline: Measurement, worse: set[str]) -> str:
@@ -402,6 +395,12 @@ def growth(after: Holdings, before: Holdings) -> tuple[Growth, ...]:
     return tuple(sorted(found, key=lambda g: (-g.nbytes, g.kind, g.owner)))
 
 
+def surplus(after: Holdings, before: Holdings) -> Holdings:
+    """What is held beyond what was, in bytes; what shrank is left out."""
+    return {key: size - before.get(key, 0) for key, size in after.items()
+            if size > before.get(key, 0)}  # fmt: skip
+
+
 def worst(checks: Iterable[Check]) -> Outcome:
     """Of several: worse if one is, then not judged, then better."""
     found = {check.outcome for check in checks}
@@ -430,6 +429,29 @@ class Checked:
         if found != "worse" and (self.missing or not self.checks):
             return "not judged"
         return found
+
+
+def check_all(
+    current: Mapping[str, Measurement],
+    baseline: Mapping[str, Measurement],
+    allowed: Mapping[str, Threshold | None],
+) -> Checked:
+    """Compare measurements with their baselines, by name.
+
+    Args:
+        current: What is.
+        baseline: What was.
+        allowed: As ``thresholds`` gives them.
+    """
+    return Checked(
+        tuple(
+            check(found, baseline[name], allowed)
+            for name, found in current.items()
+            if name in baseline
+        ),
+        missing=tuple(name for name in baseline if name not in current),
+        new=tuple(name for name in current if name not in baseline),
+    )
 
 
 class Accepted(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vramplan.trace.build import dtype_option
+from vramplan.config import dtype_option
 from vramplan.trace.load import _bring_scalars
 from vramplan.trace.routing import EvenRouting
 from vramplan.trace.rules import CudaFunctions, answers

@@ -23,7 +23,7 @@ from vramplan.families import NAMES
 from vramplan.gpus import find_gpu
 from vramplan.prediction import Prediction, ReplayedCache
 from vramplan.profile import profile_for
-from vramplan.regression import Accepted, Checked, Measurement, Threshold, check
+from vramplan.regression import Accepted, Measurement, Threshold, check_all, surplus
 from vramplan.timeline import BEFORE_TRAINING, Phase
 from vramplan.units import MIB, format_bytes
 
@@ -69,14 +69,10 @@ def gate(
     now = {p.planned.name: p for p in predict_all(jobs, versions)}
     for found in now.values():
         _tell_disagreement(found)
-    checked = Checked(
-        tuple(
-            check(found.measurement, before[name].measurement, allowed)
-            for name, found in now.items()
-            if name in before
-        ),
-        missing=tuple(name for name in before if name not in now),
-        new=tuple(name for name in now if name not in before),
+    checked = check_all(
+        {name: found.measurement for name, found in now.items()},
+        {name: found.measurement for name, found in before.items()},
+        allowed,
     )
     if not update:
         return Accepted(checked, {})
@@ -184,12 +180,7 @@ def _measured(prediction: Prediction, limit_bytes: int | None) -> dict[str, Any]
         for phase in Phase
         if phase.value in steady and phase.value not in names
     }
-    first = late.get(begun[1], {})
-    left = {
-        key: size - first.get(key, 0)
-        for key, size in late[steady["end"]].items()
-        if size > first.get(key, 0)
-    }
+    left = surplus(late[steady["end"]], late.get(begun[1], {}))
     phases = {name: sum(sizes.values()) for name, sizes in held.items()}
     least = prediction.min_limit_bytes
     told: dict[str, Any] = {

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
+from vramplan.config import dtype_option
 from vramplan.job import Job
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -70,11 +71,6 @@ def load_checkpoint(folder: str, job: Job, device: torch.device) -> Any:
         local_files_only=True,
         **options,
     )
-
-
-def dtype_option(config: Any) -> str:
-    """What this transformers calls the dtype of the weights: ``torch_dtype`` before 4.56."""
-    return "dtype" if hasattr(config, "dtype") else "torch_dtype"
 
 
 def quantization_config(job: Job) -> BitsAndBytesConfig:

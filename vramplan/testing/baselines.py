@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vramplan.errors import EnvironmentProblem, RecordError
-from vramplan.files import alone_in, provenance, write_text
+from vramplan.files import alone_in, check_schema, provenance, read_json, write_text
 from vramplan.names import printable
 from vramplan.regression import Measurement
 from vramplan.testing.documents import MeasurementDocument
@@ -80,22 +80,8 @@ def read(path: Path) -> Baseline:
     Raises:
         RecordError: If it cannot be read, is too large, broken, or of a newer version.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise RecordError(f"{path} is larger than any baseline ({MAX_FILE_BYTES} bytes)")
-        document = json.loads(data.decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path} cannot be read as a baseline: {error}; {_REMEDY}") from None
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if not isinstance(version, int):
-        raise RecordError(f"{path} is not a baseline of vramplan: it has no schema_version")
-    if version > SCHEMA_VERSION:
-        raise RecordError(
-            f"{path} has schema_version {version}; this vramplan reads up to {SCHEMA_VERSION}, "
-            "update it"
-        )
+    document = read_json(path, MAX_FILE_BYTES, "baseline", f"; {_REMEDY}")
+    check_schema(document, SCHEMA_VERSION, str(path), "baseline")
     try:
         file_ = _File.model_validate(document)
     except ValidationError as error:

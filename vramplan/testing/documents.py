@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from vramplan.names import any_layer
+from vramplan.config import MAX_LAYERS
+from vramplan.names import any_layer, ranges
 from vramplan.regression import METRICS, Holdings, Measurement
 from vramplan.units import MAX_BYTES
 
-MAX_LAYERS = 10_000
 _RANGES = re.compile(r"\d{1,5}(?:-\d{1,5})?(?:,\d{1,5}(?:-\d{1,5})?)*")
 
 Bytes = Annotated[int, Field(strict=True, ge=0, le=MAX_BYTES)]
@@ -137,21 +137,10 @@ def _folded(holdings: Holdings) -> list[list[Any]]:
             found.append([kind, owner, nbytes])
     for (kind, pattern, nbytes), layers in alike.items():
         if len(layers) > 1:
-            found.append([kind, pattern, nbytes, _ranges(layers)])
+            found.append([kind, pattern, nbytes, ranges(layers)])
         else:
             found.append([kind, pattern.replace("*", str(layers[0])), nbytes])
     return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """Whole numbers as ``0-3,5``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _layers(entry: Entry) -> list[int]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vramplan.evidence import out_of_memory
 from vramplan.measure.region import Region
 from vramplan.regression import Measurement
-from vramplan.units import format_bytes
 
 # Kernels stay on the card once they are loaded: it depends on the tests before, and on those that
 # were chosen, which of them this region had to load.
@@ -52,9 +52,5 @@ def failure_text(region: Region) -> str:
         return region.failed
     failure = region.failure
     if failure is None:
-        return "out of memory"
-    module = f" of {failure.owner}" if failure.owner else ""
-    return (
-        f"out of memory in {failure.phase}{module}, asking for "
-        f"{format_bytes(failure.requested_bytes)}"
-    )
+        return out_of_memory(None)
+    return out_of_memory(failure.phase, failure.owner, failure.requested_bytes)

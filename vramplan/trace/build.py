@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from vramplan.config import MAX_LAYERS, ConfigReader
+from vramplan.config import MAX_LAYERS, ConfigReader, dtype_option
 from vramplan.errors import ConfigError, UsageError
 from vramplan.job import Job
 
@@ -105,11 +105,6 @@ def base_model(
         raise ConfigError(
             f"{where}: transformers cannot make a model of it: {in_one_line(error)}"
         ) from error
-
-
-def dtype_option(config: Any) -> str:
-    """What this transformers calls the dtype of the weights: ``torch_dtype`` before 4.56."""
-    return "dtype" if hasattr(config, "dtype") else "torch_dtype"
 
 
 def in_one_line(error: Exception) -> str:
