@@ -72,3 +72,15 @@ def test_half_a_percent_more_is_caught() -> None:
             caught[share] = compared(name, "train").outcome == "worse"
     assert len(caught) == 5 and min(caught) < 0.005 < max(caught)
     assert all(worse == (share > 0.005) for share, worse in caught.items())
+
+
+@pytest.mark.parametrize(
+    ("planted", "region"),
+    [(name, "train") for name in ("logits_copy", "unchecked_layer", "fp32_adapter", "extra_state")]
+    + [("load_doubled", "build")],
+)
+def test_the_page_tells_what_was_measured(planted: str, region: str) -> None:
+    page = FOLDER.parents[3] / "docs" / "keep-your-fine-tune-within-12-gb.md"
+    grown = peak(planted, region) / peak("main", region) - 1
+    told = f"{100 * grown:+.0f} %" if grown > 1 else f"{100 * grown:+.1f} %"
+    assert told in page.read_text(encoding="utf-8")
